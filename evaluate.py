@@ -1,0 +1,56 @@
+"""
+Stories as tokens and as text, and what they are worth: the judge, and the win-rate it gives a model
+against its reference.
+"""
+import os
+
+import numpy as np
+import sentencepiece
+import torch
+
+import toyworld
+from model import UserError
+
+
+def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
+    """The sentencepiece model at path, which must be the one of a checkpoint with vocab_size tokens."""
+    if not os.path.exists(path):
+        raise UserError(f"{path} is not there: name the checkpoint's own tokenizer with --tokenizer.")
+    tokenizer = sentencepiece.SentencePieceProcessor()
+    try:
+        tokenizer.Load(path)
+    except (RuntimeError, OSError):
+        raise UserError(f"{path} is not a sentencepiece model: name the checkpoint's own tokenizer.") from None
+    if tokenizer.vocab_size() != vocab_size:
+        raise UserError(f"{path} has {tokenizer.vocab_size()} tokens but the checkpoint {vocab_size}: "
+                        "name the checkpoint's own tokenizer with --tokenizer.")
+    return tokenizer
+
+
+def load_tokens(path: str, vocab_size: int) -> np.ndarray:
+    """A token file: uint16 (N, n, T), N rows of n responses, best first; each BOS, a story, BOS, more BOS to fill."""
+    try:
+        data = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there: make it with `make data`.") from None
+    except (ValueError, EOFError, OSError) as e:
+        raise UserError(f"{path} is not a token file ({str(e)[:80]}): make it again with `make data`.") from None
+    if data.dtype != np.uint16 or data.ndim != 3 or data.max() >= vocab_size:
+        raise UserError(f"{path} does not hold tokens of this model: make it again with `make data`.")
+    return data
+
+
+def expert(stories: list[str]) -> torch.Tensor:
+    """The toy world's judge: its known reward r of each story, (N,)."""
+    return torch.tensor([toyworld.reward(story) for story in stories])
+
+
+def win_rate(r: torch.Tensor, r_ref: torch.Tensor) -> tuple[float, float]:
+    """
+    E[sigmoid(r(y) - r(y_ref))] over every y with reward in r (N,) against every y_ref with reward in
+    r_ref (M,): the chance, without label noise, that the expert prefers the model's story to the
+    reference's (Eq. 2). With its standard error, both samples counted.
+    """
+    wins = torch.sigmoid(r[:, None] - r_ref)  # (N, M)
+    variance = wins.mean(1).var() / len(r) + wins.mean(0).var() / len(r_ref)
+    return wins.mean().item(), variance.sqrt().item()

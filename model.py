@@ -1,0 +1,267 @@
+"""
+A compact Llama, with the parameter names of llama2.c so that its published checkpoints load as they are.
+
+    model = load("stories15M.pt")
+    logits = model(tokens)                              # (B, T) -> (B, T, V), every position
+    tokens = generate(model, bos, max_new_tokens=255)   # cached sampling, one token a step
+"""
+import math
+import os
+import pickle
+import struct
+import sys
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+BOS = 1  # delimits stories: the first token of each, and the one that closes it (no EOS was ever trained)
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one sentence: what was found, where, what to do."""
+
+
+def cli(main) -> None:
+    """Runs a program; the user's mistake is one sentence and exit status 2, Ctrl-C is exit status 130."""
+    try:
+        main()
+    except UserError as e:
+        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@dataclass
+class ModelArgs:
+    """Field for field what llama2.c stores as `model_args`."""
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None   # fewer than n_heads: grouped-query attention
+    vocab_size: int = 32000
+    hidden_dim: int | None = None   # of the feed-forward; None: 2/3 of 4 dim, rounded up to a multiple of
+    multiple_of: int = 256
+    norm_eps: float = 1e-5
+    max_seq_len: int = 2048
+    dropout: float = 0.0            # kept for the file format; this model has none
+
+
+class KVCache:
+    """Keys and values of the positions seen so far: one buffer a layer, written in place."""
+
+    def __init__(self, max_len: int):
+        self.max_len = max_len
+        self.length = 0             # positions filled; the model moves it on once a forward
+        self.buffers = {}           # layer -> (2, B, n_kv_heads, max_len, head_dim)
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends k, v (B, n_kv_heads, T, head_dim); returns all of them so far."""
+        if layer not in self.buffers:
+            self.buffers[layer] = k.new_empty(2, *k.shape[:2], self.max_len, k.shape[3])
+        end = self.length + k.shape[2]
+        assert end <= self.max_len, f"cache of {self.max_len} positions is full"
+        keys, values = self.buffers[layer]
+        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_turns(head_dim: int, length: int) -> torch.Tensor:
+    """(length, 1, head_dim / 2) complex: position t turns pair i of a head by t / 10000^(2i / head_dim)."""
+    frequencies = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    angles = torch.outer(torch.arange(length).float(), frequencies)
+    return torch.polar(torch.ones_like(angles), angles)[:, None]
+
+
+def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """RoPE: x (B, T, H, head_dim), neighbouring entries taken as one complex number; turns (T, 1, head_dim / 2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.head_dim = args.dim // args.n_heads
+        kv_dim = (args.n_kv_heads or args.n_heads) * self.head_dim
+        self.wq = nn.Linear(args.dim, args.dim, bias=False)
+        self.wk = nn.Linear(args.dim, kv_dim, bias=False)
+        self.wv = nn.Linear(args.dim, kv_dim, bias=False)
+        self.wo = nn.Linear(args.dim, args.dim, bias=False)
+
+    def forward(self, x, turns, mask, layer, cache):
+        B, T, _ = x.shape
+        q, k, v = (w(x).view(B, T, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))  # (B, T, H, hd)
+        q, k, v = rotate(q, turns).transpose(1, 2), rotate(k, turns).transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)                                                 # (B, H, S, hd)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           enable_gqa=q.shape[1] != k.shape[1])
+        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, args: ModelArgs, hidden_dim: int):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args.dim, hidden_dim)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x, *position):
+        x = x + self.attention(self.attention_norm(x), *position)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        m = args.multiple_of
+        self.hidden_dim = args.hidden_dim or m * math.ceil(int(2 * 4 * args.dim / 3) / m)
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(Block(args, self.hidden_dim) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output.weight = self.tok_embeddings.weight  # tied
+        self.register_buffer("turns", rope_turns(args.dim // args.n_heads, args.max_seq_len), persistent=False)
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02 if name.startswith("tok_embeddings") else args.dim ** -0.5)
+
+    def forward(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """
+        tokens (B, T) -> logits (B, T, V); logits[:, t] are those of the token after tokens[:, t].
+        With a cache, tokens follow on those already in it, and are added to it.
+        """
+        start, T = cache.length if cache else 0, tokens.shape[1]
+        assert start + T <= self.args.max_seq_len, f"{start + T} tokens, but max_seq_len {self.args.max_seq_len}"
+        # is_causal aligns its mask top-left, which is wrong for several new tokens behind a filled cache
+        mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start) if start and T > 1 else None
+        x = self.tok_embeddings(tokens)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, self.turns[start:start + T], mask, i, cache)
+        if cache:
+            cache.length += T
+        return self.output(self.norm(x))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sampling
+
+@torch.no_grad()
+def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+             generator: torch.Generator | None = None) -> torch.Tensor:
+    """
+    Continues prompt (B, P) to tokens (B, P + max_new_tokens); a row that has closed its story with BOS
+    holds BOS from there on. Temperature 0 is greedy. Stops early once every story is closed.
+
+    One uniform number a token, drawn beforehand, turned into a token by the inverse of the cumulative
+    distribution: so a row's draws do not depend on what the other rows wrote or when they ended.
+    """
+    B, P = prompt.shape
+    device = generator.device if generator is not None else prompt.device
+    u = torch.rand(B, max_new_tokens, generator=generator, device=device).to(prompt.device)
+    tokens = torch.cat((prompt, prompt.new_full((B, max_new_tokens), BOS)), 1)
+    closed = torch.zeros(B, dtype=torch.bool, device=prompt.device)
+    cache = KVCache(P + max_new_tokens)
+    new = prompt
+    for t in range(max_new_tokens):
+        logits = model(new, cache)[:, -1].float()                     # (B, V)
+        if temperature == 0:
+            pick = logits.argmax(-1)
+        else:
+            logits = logits / temperature
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            cumulative = logits.softmax(-1).cumsum(-1)
+            # scaled by the last entry, which rounding leaves near 1: u below it always has a token
+            pick = torch.searchsorted(cumulative, u[:, t:t + 1] * cumulative[:, -1:], right=True).squeeze(1)
+        tokens[:, P + t] = torch.where(closed, BOS, pick)
+        closed |= pick == BOS
+        if closed.all():
+            break
+        new = tokens[:, P + t:P + t + 1]
+    return tokens
+
+
+# ---------------------------------------------------------------------------------------------------
+# Files
+
+def load(path: str, device: str = "cpu") -> Transformer:
+    """A checkpoint in llama2.c's layout: a dict with `model` (state dict) and `model_args`."""
+    return from_checkpoint(read_checkpoint(path, device), path).to(device)
+
+
+def read_checkpoint(path: str, device: str = "cpu") -> dict:
+    """The dict in a checkpoint file; tensors and plain data only, never code."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there: make it with `make data`, or name another checkpoint.") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as e:
+        raise UserError(f"{path} cannot be read as a checkpoint ({str(e).splitlines()[0][:80]}): "
+                        "it is cut short or is something else; fetch or make it again.") from None
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        raise UserError(f"{path} is not a llama2.c checkpoint: it lacks `model` or `model_args`.")
+    return checkpoint
+
+
+def from_checkpoint(checkpoint: dict, path: str) -> Transformer:
+    known = {f.name for f in fields(ModelArgs)}
+    model = Transformer(ModelArgs(**{k: v for k, v in checkpoint["model_args"].items() if k in known}))
+    # torch.compile leaves its prefix on the names
+    state = {name.removeprefix("_orig_mod."): weight for name, weight in checkpoint["model"].items()}
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as e:
+        raise UserError(f"{path}: the weights do not fit its model_args ({str(e).splitlines()[1].strip()[:120]}).") from None
+    return model
+
+
+def save(model: Transformer, path: str, **more) -> None:
+    """Writes what `load` reads, and `more` beside it; to a temporary name first, then moved into place."""
+    torch.save({"model": model.state_dict(), "model_args": asdict(model.args), **more}, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def export(model: Transformer, path: str) -> None:
+    """llama2.c's version-0 `.bin`, for its `run`: a header of 7 int32, then float32 weights by kind."""
+    a, layers = model.args, model.layers
+    header = struct.pack("7i", a.dim, model.hidden_dim, a.n_layers, a.n_heads, a.n_kv_heads or a.n_heads,
+                         a.vocab_size, a.max_seq_len)  # vocab_size positive: the classifier is shared
+    weights = [model.tok_embeddings.weight]
+    for kind in ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
+                 "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
+        weights += [layer.get_submodule(kind).weight for layer in layers]
+    weights += [model.norm.weight, model.turns.real, model.turns.imag]
+    with open(f"{path}.part", "wb") as f:
+        f.write(header)
+        for w in weights:
+            f.write(w.detach().float().cpu().numpy().tobytes())
+    os.replace(f"{path}.part", path)

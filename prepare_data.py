@@ -1,0 +1,134 @@
+"""
+Everything that puts files under data/.
+
+    python prepare_data.py toy          # the embedded world: its writer (sft.pt) and the preferences over its stories
+    python prepare_data.py tokenizer    # tokenizer.model, which is committed
+
+Each step is skipped when its output is there and was made from the same settings and inputs.
+"""
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+
+import spo
+import toyworld
+from evaluate import expert, load_tokenizer
+from model import BOS, ModelArgs, Transformer, cli, load, save
+
+# The toy world's writer: 189,632 parameters, and a pre-training that takes it to the grammar's entropy.
+WRITER = dict(dim=64, n_layers=3, n_heads=4, multiple_of=4, max_seq_len=128)
+PAIRS, RANKED, REF = range(100, 103)  # what stories are sampled for: keys of spo.rng
+
+
+def train_tokenizer(path: str) -> None:
+    """The toy world's BPE, learned from its own stories. No byte fallback: it has 640 pieces for few words."""
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=(toyworld.write_story(rng) for _ in range(20_000)), model_type="bpe", vocab_size=640,
+            model_prefix=f"{folder}/toy", normalization_rule_name="identity", minloglevel=2)
+        shutil.copy(f"{folder}/toy.model", f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def make(path: str, maker, inputs: list[str], **settings) -> None:
+    """Has maker() make path, unless it is there, made from the same settings and inputs (noted in path.json)."""
+    note = settings | {os.path.basename(file): hashlib.sha256(open(file, "rb").read()).hexdigest() for file in inputs}
+    if os.path.exists(path) and os.path.exists(f"{path}.json"):
+        with open(f"{path}.json") as f:
+            if json.load(f) == note:
+                return
+    print(f"making {path}", flush=True)
+    maker()
+    with open(f"{path}.json.part", "w") as f:
+        json.dump(note, f, indent=1)
+    os.replace(f"{path}.json.part", f"{path}.json")
+
+
+def write_tokens(path: str, tokens: torch.Tensor) -> None:
+    """tokens (N, n, T) as a token file, the form that load_tokens reads."""
+    with open(f"{path}.part", "wb") as f:
+        np.save(f, tokens.numpy().astype(np.uint16))
+    os.replace(f"{path}.part", path)
+
+
+def pad(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Tokens (.., T_i) of several lengths, filled up with BOS and joined: (sum .., T)."""
+    length = max(row.shape[-1] for row in rows)
+    return torch.cat([F.pad(row, (0, length - row.shape[-1]), value=BOS) for row in rows])
+
+
+def sample_stories(model, n: int, s, purpose: int) -> torch.Tensor:
+    """n stories of the model, in batches -> tokens (n, T)."""
+    return pad([spo.sample(model, min(500, n - i), s, (purpose, i)) for i in range(0, n, 500)])
+
+
+def rank(stories: torch.Tensor, r: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """
+    stories (N, n, T) with rewards r (N, n), each row in an order drawn from the Plackett-Luce model, Eq. 3
+    (for n = 2 Bradley-Terry, Eq. 2; its first is the n-ary Bradley-Terry best): that of r plus Gumbel noise.
+    """
+    gumbel = -torch.rand(r.shape, generator=generator).log().neg().log()
+    order = (r + gumbel).argsort(1, descending=True)
+    return stories.gather(1, order[:, :, None].expand_as(stories))
+
+
+def toy(a) -> None:
+    """The embedded world: stories of the grammar, the writer they train, its own stories as the expert ranks them."""
+    os.makedirs(a.data, exist_ok=True)
+    at = lambda name: f"{a.data}/{name}"
+    s = spo.get_args(["--model", "toy", "--algo", "sft", "--data", a.data, "--init", at("init.pt"), "--out", at("sft"),
+                      "--tokenizer", a.tokenizer, "--seed", str(a.seed), "--steps", str(a.sft_steps), "--batch", "32",
+                      "--lr", "5e-3", "--lr_end", "0", "--log_every", "100", "--eval_every", "250"])
+    tokenizer = load_tokenizer(a.tokenizer, 640)
+
+    def write(name, count, seed):
+        rng = random.Random(seed)
+        stories = tokenizer.encode([toyworld.write_story(rng) for _ in range(count)])
+        write_tokens(at(name), pad([torch.tensor([[BOS, *story, BOS]]) for story in stories])[:, None])
+
+    def pretrain():
+        torch.manual_seed(a.seed)
+        save(Transformer(ModelArgs(**WRITER, vocab_size=640)), at("init.pt"))
+        spo.train(s)
+        save(load(at("sft/ckpt.pt")), at("sft.pt"))
+
+    def collect(name, count, n, purpose):
+        stories = sample_stories(load(at("sft.pt")), count * n, s, purpose)
+        r = expert(tokenizer.decode(stories.tolist())).view(count, n)
+        write_tokens(at(name), rank(stories.view(count, n, -1), r, spo.rng(a.seed, purpose)))
+
+    world = [a.tokenizer, toyworld.__file__]
+    make(at("stories.npy"), lambda: write("stories.npy", a.stories, 2 * a.seed), world, seed=a.seed, n=a.stories)
+    make(at("heldout.npy"), lambda: write("heldout.npy", 1000, 2 * a.seed + 1), world, seed=a.seed)
+    make(at("sft.pt"), pretrain, [at("stories.npy")], seed=a.seed, steps=a.sft_steps, **WRITER)
+    for name, count, n, purpose in (("pairs", a.pairs, 2, PAIRS), ("ranked", a.pairs, 4, RANKED), ("ref", 2000, 1, REF)):
+        make(at(f"{name}.npy"), lambda: collect(f"{name}.npy", count, n, purpose), [at("sft.pt"), *world],
+             seed=a.seed, count=count, n=n)
+    print(f"{a.data}: the writer and its stories are ready; a perfect writer has {toyworld.entropy():.2f} nats a story")
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=("toy", "tokenizer"))
+    p.add_argument("--data", default="data/toy", help="folder the files go to")
+    p.add_argument("--tokenizer", default="tokenizer.model")
+    p.add_argument("--seed", type=int, default=0, help="of the grammar's stories, the training and the sampling")
+    p.add_argument("--stories", type=int, default=20_000, help="stories of the grammar to learn from")
+    p.add_argument("--sft_steps", type=int, default=1000, help="steps of pre-training")
+    p.add_argument("--pairs", type=int, default=1000, help="pairs, and rows of four ranked stories")
+    a = p.parse_args(argv)
+    train_tokenizer(a.tokenizer) if a.what == "tokenizer" else toy(a)
+
+
+if __name__ == "__main__":
+    cli(main)

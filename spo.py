@@ -1,0 +1,456 @@
+"""
+Soft Preference Optimization (Sharifnassab et al., arXiv 2405.00747), and the methods it is compared with.
+
+Read from top to bottom it follows the paper: the probability of a story, one function an equation for the
+losses, the token-wise KL on intermittent rollouts, and the loop that adds them up. Equation numbers are
+the paper's. The losses need nothing but torch: copy the one you want.
+
+    python spo.py --algo spo --alpha 0.01
+"""
+import argparse
+import json
+import math
+import os
+import signal
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from evaluate import expert, load_tokenizer, load_tokens, win_rate
+from model import BOS, UserError, cli, generate, load, read_checkpoint, save
+
+# ---------------------------------------------------------------------------------------------------
+# log pi(y): the sum over a story's tokens, the closing BOS among them, so that pi is a distribution
+# over stories. Sums, not averages: alpha in 0.001..0.1 only makes sense for differences of tens of nats.
+
+
+def story_mask(tokens: torch.Tensor) -> torch.Tensor:
+    """
+    tokens (N, T), each row BOS, a story, BOS, padding -> mask (N, T), 1 on the story and the BOS that
+    closes it. A story cut at the length limit has no closing BOS and counts up to its last token.
+    """
+    ends = (tokens[:, 1:] == BOS).cumsum(1)
+    mask = torch.zeros_like(tokens)
+    mask[:, 1:] = (ends == 0) | ((ends == 1) & (tokens[:, 1:] == BOS))
+    return mask
+
+
+def full_precision(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in float32 at least, whatever the dtype of autocast."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def seq_logp(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    log pi(y | x) in nats, (N,): tokens (N, T) are prompt and response, mask (N, T) is 1 on the tokens
+    that count, the response and its end.
+    """
+    logits = full_precision(model(tokens[:, :-1]))                                        # (N, T-1, V)
+    logp = -F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return (logp.view(len(tokens), -1) * mask[:, 1:]).sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Preference losses, unreduced. logp_w, logp_l, ref_w, ref_l (B,): log pi_theta and log pi_ref of the
+# preferred and the other response. logp (B, n): of n responses.
+
+
+def spo_loss(logp_w, logp_l, alpha, mu=None):
+    """
+    Eq. 9, and Eq. 11 with weights mu (B,): -1/alpha log(pi_w^alpha / (pi_w^alpha + pi_l^alpha)) -> (B,).
+    Eq. 10 and 12 at alpha = 0, where it is unbounded below.
+    """
+    margin = logp_w - logp_l
+    loss = -F.logsigmoid(alpha * margin) / alpha if alpha > 0 else -margin / 2
+    return loss if mu is None else mu * loss
+
+
+def pair_weight(logp_w, logp_l, gamma):
+    """
+    Section 4's example: mu = (pi_w + pi_l)^gamma -> (B,), without gradient. In log space and centred on
+    the batch, a constant factor; bounded by e^±50, so that one junk story cannot overflow it.
+    """
+    log_mu = gamma * torch.logaddexp(logp_w, logp_l).detach()
+    return (log_mu - log_mu.mean()).clamp(-50, 50).exp()
+
+
+def best_of_n_loss(logp, best, alpha, mu=None):
+    """
+    Eq. 14: -1/alpha log(pi_best^alpha / sum_i pi_i^alpha) -> (B,), for logp (B, n), best (B,) the index
+    of the best one, mu (B,). The paper has alpha > 0; at 0 this is the limit, less its log(n)/alpha.
+    """
+    logp_best = logp.gather(1, best[:, None]).squeeze(1)
+    loss = (alpha * logp).logsumexp(1) / alpha - logp_best if alpha > 0 else logp.mean(1) - logp_best
+    return loss if mu is None else mu * loss
+
+
+def ranked_loss(logp, alpha, mu=None):
+    """
+    Eq. 15: each response but the last is the best of those from it on -> (B,), for logp (B, n) best
+    first and mu (B, n-1).
+    """
+    best = torch.zeros(len(logp), dtype=torch.long, device=logp.device)
+    return sum(best_of_n_loss(logp[:, k:], best, alpha, None if mu is None else mu[:, k])
+               for k in range(logp.shape[1] - 1))
+
+
+def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta):
+    """Eq. 5: -log sigmoid(beta ((logp_w - ref_w) - (logp_l - ref_l))) -> (B,)."""
+    return -F.logsigmoid(beta * ((logp_w - ref_w) - (logp_l - ref_l)))
+
+
+def ipo_loss(logp_w, logp_l, ref_w, ref_l, beta):
+    """IPO, Eq. 17 of reference [13], with its tau called beta: (margin - 1/(2 beta))^2 -> (B,)."""
+    return ((logp_w - ref_w) - (logp_l - ref_l) - 1 / (2 * beta)) ** 2
+
+
+def slic_loss(logp_w, logp_l, delta):
+    """SLiC-HF's calibration loss, Eq. 1 of reference [22]: max(0, delta - logp_w + logp_l) -> (B,)."""
+    return (delta - logp_w + logp_l).clamp(min=0)
+
+
+# algorithm: (its loss of logp (B, n), best first, and ref (B, n); the token file it learns from; the
+# settings that not all read, with the toy world's defaults, which are ours and measured there). Whoever
+# reads R is regularised by the token KL on R rollouts, taken every k steps.
+LOSSES = {
+    "spo": (lambda s, logp, ref: spo_loss(logp[:, 0], logp[:, 1], s.alpha,
+                                          pair_weight(logp[:, 0], logp[:, 1], s.gamma) if s.gamma else None),
+            "pairs", dict(alpha=0.01, beta=0.1, gamma=0.0, R=8, k=8)),
+    "best_of_n": (lambda s, logp, ref: best_of_n_loss(logp, torch.zeros_like(logp[:, 0], dtype=torch.long), s.alpha),
+                  "ranked", dict(alpha=0.01, beta=0.1, R=8, k=8)),
+    "ranked": (lambda s, logp, ref: ranked_loss(logp, s.alpha),
+               "ranked", dict(alpha=0.01, beta=0.1, R=8, k=8)),
+    "dpo": (lambda s, logp, ref: dpo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], s.beta),
+            "pairs", dict(beta=0.1)),
+    "ipo": (lambda s, logp, ref: ipo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], s.beta),
+            "pairs", dict(beta=0.03)),
+    "slic": (lambda s, logp, ref: slic_loss(logp[:, 0], logp[:, 1], s.delta),
+             "pairs", dict(delta=10.0, beta=0.1)),
+    "sft": (lambda s, logp, ref: -logp[:, 0],
+            "stories", dict()),
+}
+
+# ---------------------------------------------------------------------------------------------------
+# The regulariser (Section 3 and Appendix D): KL on the model's own stories, not on the data.
+
+
+
+def token_kl(logits, ref_logits, mask):
+    """
+    Appendix D: sum over a story's tokens of KL(pi_theta(. | prefix) || pi_ref(. | prefix)) -> (R,) nats,
+    over the full vocabulary; logits, ref_logits (R, T, V), mask (R, T) is 1 where the next token counts.
+
+    Its mean over fresh stories of pi_theta is an unbiased estimate of D_KL(pi_theta || pi_ref). Its
+    gradient is not: it leaves out how theta moves the prefixes.
+    """
+    logp, ref = full_precision(logits).log_softmax(-1), full_precision(ref_logits).log_softmax(-1)
+    return ((logp.exp() * (logp - ref)).sum(-1) * mask).sum(1)
+
+
+
+# ---------------------------------------------------------------------------------------------------
+# Draws and batches. Each draw's generator is a function of the seed, of what it is for and of the step:
+# so the same command gives the same numbers, and a run can be taken up again at any step.
+
+BATCH, SLIC, ROLLOUT, EVAL, SHOW = range(5)
+
+
+def rng(*key: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def sample(model, n, s, key):
+    """n stories of the model -> tokens (n, T)."""
+    bos = torch.full((n, 1), BOS, device=s.device)
+    return trim(generate(model, bos, s.max_new, generator=rng(s.seed, *key)))
+
+
+def trim(tokens):
+    """Cuts the columns that are padding in every row: (N, T) -> (N, T' <= T)."""
+    return tokens[:, :1 + int(story_mask(tokens).sum(1).max())]
+
+
+def batch_rows(n, s, purpose, step):
+    """The rows of one step's batch out of n: a fresh permutation each pass, whose remainder is left out."""
+    one_pass, i = divmod(step, n // s.batch)
+    return torch.randperm(n, generator=rng(s.seed, purpose, one_pass))[i * s.batch:(i + 1) * s.batch]
+
+
+def get_stories(data, rows, s):
+    """Rows of a token file (N, n, T) -> tokens (B * n, T'), a row's n responses next to each other."""
+    return trim(torch.from_numpy(data[rows.numpy()].astype(np.int64)).flatten(0, 1).to(s.device))
+
+
+@torch.no_grad()
+def data_logp(model, data, s):
+    """
+    log pi of all the data -> (N, n). In the batches of training's first pass, so that the shapes and with
+    them the roundings are those of training: at step 0 Eq. 5's margins against the reference are exactly 0.
+    """
+    logp = torch.empty(data.shape[:2], device=s.device)
+    for rows in torch.randperm(len(data), generator=rng(s.seed, BATCH, 0)).split(s.batch):
+        y = get_stories(data, rows, s)
+        logp[rows] = seq_logp(model, y, story_mask(y)).view(len(rows), -1)
+    return logp
+
+
+# ---------------------------------------------------------------------------------------------------
+# Settings: one line a flag; the defaults live in LOSSES (per algorithm) and here (per model).
+
+MODELS = {
+    "toy": dict(batch=16, steps=500, warmup=50, lr=3e-4, max_new=100, eval_every=50, eval_stories=256),
+}
+# E.2's settings, but for lr, which the paper does not give: ours, not yet measured
+PAPER = dict(batch=128, steps=40_000, warmup=5_000, lr=1e-5, max_new=255, eval_every=1_000, eval_stories=1_000, R=32)
+MODELS |= dict.fromkeys(("stories260K", "stories15M", "stories42M", "stories110M"), PAPER)
+
+
+def get_args(argv=None) -> argparse.Namespace:
+    """The command line, checked, with every default filled in."""
+    def error(message):
+        raise UserError(f"{message} (see python spo.py --help).")
+
+    p = argparse.ArgumentParser(description="SPO (arXiv 2405.00747), DPO, IPO, SLiC-HF: align a story writer.",
+                                argument_default=argparse.SUPPRESS)
+    p.error = error
+    p.add_argument("--algo", choices=LOSSES, default="spo", help="the preference loss; sft: plain likelihood")
+    p.add_argument("--alpha", type=float, help="alpha, softness: the target is softmax(r / alpha)")
+    p.add_argument("--beta", type=float, help="beta, weight of the regulariser (DPO: Eq. 5's; IPO: its tau)")
+    p.add_argument("--gamma", type=float, help="gamma, exponent of the pair weight mu of Section 4; 0: unweighted")
+    p.add_argument("--delta", type=float, help="delta, SLiC-HF's margin")
+    p.add_argument("--R", type=int, help="R, stories in a rollout")
+    p.add_argument("--k", type=int, help="k, steps a rollout is used for")
+    p.add_argument("--model", choices=MODELS, default="toy", help="whose defaults, and files under data/")
+    p.add_argument("--data", help="folder of sft.pt and the token files; default data/<model>")
+    p.add_argument("--init", help="checkpoint to start from, and the reference; default <data>/sft.pt")
+    p.add_argument("--tokenizer", help="the checkpoint's own; default tokenizer.model")
+    p.add_argument("--out", help="folder of this run; default out/<model>-<algo>-<its settings>")
+    p.add_argument("--seed", type=int, default=0, help="of the batches, the rollouts and the evaluations")
+    p.add_argument("--steps", type=int, help="how many")
+    p.add_argument("--batch", type=int, help="rows of the preference data a step")
+    p.add_argument("--lr", type=float, help="AdamW's learning rate after warm-up")
+    p.add_argument("--lr_end", type=float, default=1.0, help="its cosine's end, as a share of lr; 1: constant")
+    p.add_argument("--warmup", type=int, help="steps of linear warm-up")
+    p.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    p.add_argument("--max_new", type=int, help="longest story, in tokens; a longer one is cut")
+    p.add_argument("--eval_every", type=int, help="steps between evaluations")
+    p.add_argument("--eval_stories", type=int, help="fresh stories an evaluation")
+    p.add_argument("--log_every", type=int, default=10, help="steps a logged line")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--resume", action="store_true", default=False, help="go on from <out>/ckpt.pt")
+    s = p.parse_args(argv)
+
+    reads = LOSSES[s.algo][2]
+    for name in {name for _, _, settings in LOSSES.values() for name in settings} - reads.keys():
+        if name in s:
+            error(f"--{name} is a setting that {s.algo} does not read: it reads {', '.join(reads) or 'none'}")
+    for name, default in (reads | MODELS[s.model]).items():
+        if name not in s and (name in reads or name != "R"):
+            setattr(s, name, default)
+    for name, low in dict(alpha=0, beta=0, gamma=0, delta=0, R=1, k=1, seed=0, steps=1, batch=1, lr=0, lr_end=0, warmup=0,
+                          clip=0, max_new=1, eval_every=1, eval_stories=2, log_every=1).items():
+        if not low <= getattr(s, name, low) < math.inf:
+            error(f"--{name} is {getattr(s, name)}: it must be a number from {low} on")
+    if s.algo == "ipo" and s.beta == 0:
+        error("--beta is 0: ipo's target margin is 1/(2 beta), so it must be above 0")
+
+    s.data = getattr(s, "data", f"data/{s.model}")
+    s.init = getattr(s, "init", f"{s.data}/sft.pt")
+    s.tokenizer = getattr(s, "tokenizer", "tokenizer.model")
+    name = "-".join([s.model, s.algo, *(f"{name}{getattr(s, name):g}" for name in reads), f"seed{s.seed}"])
+    s.out = getattr(s, "out", f"out/{name}")
+    return s
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+
+def learning_rate(s, step):
+    """Linear warm-up, then a cosine from lr to lr_end * lr."""
+    warm = min(1.0, (step + 1) / max(1, s.warmup))
+    done = max(0, step - s.warmup) / max(1, s.steps - s.warmup)
+    return s.lr * warm * (s.lr_end + (1 - s.lr_end) * (1 + math.cos(math.pi * done)) / 2)
+
+
+@torch.no_grad()
+def evaluate(policy, ref, tokenizer, r_ref, s, step) -> dict:
+    """
+    Fresh stories of the policy: the win-rate against the reference's (rewards r_ref), mean reward, and in
+    nats a story the KL to the reference and the entropy; length in tokens; share that ended by themselves.
+    """
+    y = sample(policy, s.eval_stories, s, (EVAL, step))
+    mask = story_mask(y)[:, 1:]
+    kl, entropy = [], []
+    for part, m in zip(y.split(64), mask.split(64)):
+        logits = full_precision(policy(part[:, :-1]))
+        kl.append(token_kl(logits, ref(part[:, :-1]), m))
+        entropy.append((torch.distributions.Categorical(logits=logits).entropy() * m).sum(1))
+    length = mask.sum(1)
+    closed = y.gather(1, length[:, None]) == BOS
+    r = expert(tokenizer.decode(y.tolist()))
+    win, win_se = win_rate(r, r_ref)
+    return dict(win=win, win_se=win_se, reward=r.mean().item(), kl=torch.cat(kl).mean().item(),
+                entropy=torch.cat(entropy).mean().item(), length=length.float().mean().item(),
+                closed=closed.float().mean().item())
+
+
+def begin(s):
+    """Makes the folder of a run -> first step, rollout. An earlier run of that name moves aside: nothing is lost."""
+    try:
+        if os.path.exists(f"{s.out}/log.jsonl"):
+            aside = next(f"{s.out}.{i}" for i in range(1, 10**6) if not os.path.exists(f"{s.out}.{i}"))
+            os.rename(s.out, aside)
+            print(f"the earlier run in {s.out} is now in {aside}")
+        os.makedirs(s.out, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{s.out} cannot be written ({e.strerror}): name another folder with --out.") from None
+    return 0, None
+
+
+def take_up(s, optimizer):
+    """Goes on from a run's checkpoint -> its step, its rollout; cuts the log back to there."""
+    checkpoint = read_checkpoint(f"{s.out}/ckpt.pt", s.device)
+    for name, value in checkpoint["settings"].items():
+        if name not in ("resume", "steps", "log_every", "device") and getattr(s, name) != value:
+            raise UserError(f"{s.out} was begun with --{name} {value}, not {getattr(s, name)}: resume with the same.")
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    with open(f"{s.out}/log.jsonl") as f:
+        kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= checkpoint["step"]]
+    with open(f"{s.out}/log.jsonl.part", "w") as f:
+        f.writelines(kept)
+    os.replace(f"{s.out}/log.jsonl.part", f"{s.out}/log.jsonl")
+    return checkpoint["step"], checkpoint["rollout"]
+
+
+def record(s, **r):
+    """Adds a line to the run's log and shows it, in at most 80 characters."""
+    with open(f"{s.out}/log.jsonl", "a") as f:
+        f.write(json.dumps({name: None if value != value else value for name, value in r.items()}) + "\n")
+    if "loss" in r:
+        print("{step:6d} {loss:8.3f} {pref:8.3f} {kl:6.2f} {margin:7.2f} {accuracy:5.2f} {lr:8.1e} {ms:6.1f} "
+              "{tokens_s:6.0f}".format(**r), f"{int(r['left'] // 60):3d}:{int(r['left'] % 60):02d}", flush=True)
+    elif "win" in r:
+        print("@{step} win {win:.3f}±{win_se:.3f} reward {reward:.2f} kl {kl:.2f} entropy {entropy:.1f} "
+              "length {length:.0f} closed {closed:.2f}".format(**r), flush=True)
+    else:
+        print("@{step} {nats:.2f} nats a held-out story".format(**r), flush=True)
+
+
+def stop_on_interrupt() -> list:
+    """Ctrl-C fills the list, and the step is finished; a second one leaves at once."""
+    stop = []
+
+    def handler(*_):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop.append(True)
+
+    signal.signal(signal.SIGINT, handler)
+    return stop
+
+
+def train(s):
+    """Minimises Eq. 1 from s.init, which is the reference too, on the data in s.data."""
+    loss_of, file, reads = LOSSES[s.algo]
+    uses_kl, uses_nll = "R" in reads and s.beta > 0, s.algo == "slic" and s.beta > 0
+    # everything is read before anything is written
+    ref = load(s.init, s.device).requires_grad_(False)
+    policy = load(f"{s.out}/ckpt.pt" if s.resume else s.init, s.device)
+    V = policy.args.vocab_size
+    tokenizer = load_tokenizer(s.tokenizer, V)
+    data = load_tokens(f"{s.data}/{file}.npy", V)                                           # (N, n, T)
+    others = load_tokens(f"{s.data}/{'heldout' if s.algo == 'sft' else 'ref'}.npy", V)      # (M, 1, T)
+    if min(len(data), len(others)) < s.batch:
+        raise UserError(f"--batch is {s.batch}, but {s.data} has {len(data)} rows and {len(others)} stories.")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=s.lr, betas=(0.9, 0.95), fused=True)
+    first, y_kl = take_up(s, optimizer) if s.resume else begin(s)
+    print(" ".join(f"{name}={value}" for name, value in vars(s).items()))
+
+    ref_logp = data_logp(ref, data, s) if s.algo in ("dpo", "ipo") else torch.zeros(data.shape[:2])
+    r_ref = None if s.algo == "sft" else expert(tokenizer.decode(others[:, 0].tolist()))    # (M,)
+    stop, began = stop_on_interrupt(), time.perf_counter()
+    window, tokens, spent = [], 0, 0.0
+    print("  step     loss     pref     kl  margin   acc       lr     ms  tok/s   left")
+    for step in range(first, s.steps + 1):
+        # evaluate and save, before the first step and after the last one too
+        due = step % s.eval_every == 0 or step == s.steps
+        if due and (step > first or step == 0):
+            if s.algo == "sft":
+                record(s, step=step, nats=-data_logp(policy, others, s).mean().item())
+            else:
+                record(s, step=step, **evaluate(policy, ref, tokenizer, r_ref, s, step))
+                if peak(s.out)["step"] == step:
+                    save(policy, f"{s.out}/best.pt")
+        if due or stop:
+            save(policy, f"{s.out}/ckpt.pt", optimizer=optimizer.state_dict(), step=step, rollout=y_kl,
+                 settings=vars(s))
+        if stop:
+            print(f"stopped and saved at step {step}: the same command with RESUME=1 (--resume) goes on from here")
+            raise KeyboardInterrupt
+        if step == s.steps:
+            break
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(s, step)
+
+        # 1. every k steps, R fresh stories of the current model; the reference reads them once
+        if uses_kl and step % s.k == 0:
+            y_kl = sample(policy, s.R, s, (ROLLOUT, step))                                  # (R, T)
+        if uses_kl and (step % s.k == 0 or step == first):
+            with torch.no_grad():
+                ref_logits = ref(y_kl[:, :-1])                                              # (R, T-1, V)
+
+        # 2. log pi_theta of the batch's responses, all in one forward
+        rows = batch_rows(len(data), s, BATCH, step)
+        y = get_stories(data, rows, s)
+        logp = seq_logp(policy, y, story_mask(y)).view(s.batch, -1)                         # (B, n)
+
+        # 3. Eq. 1: preference loss + beta * regulariser
+        loss = pref = loss_of(s, logp, ref_logp[rows]).mean()
+        kl = torch.tensor(math.nan)
+        if uses_kl:
+            kl = token_kl(policy(y_kl[:, :-1]), ref_logits, story_mask(y_kl)[:, 1:]).mean()
+            loss = pref + s.beta * kl
+        elif uses_nll:
+            y_ref = get_stories(others, batch_rows(len(others), s, SLIC, step), s)
+            loss = pref - s.beta * seq_logp(policy, y_ref, story_mask(y_ref)).mean()
+
+        # 4. AdamW on the clipped gradient
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), s.clip)
+        optimizer.step()
+
+        # log, the mean of the steps since the last line
+        margin = logp[:, 0] - logp[:, 1:].amax(1) if logp.shape[1] > 1 else torch.full_like(logp[:, 0], math.nan)
+        window.append(torch.stack((loss, pref, kl, margin.mean(), (margin > 0).float().mean())).detach())
+        tokens, spent = tokens + y.numel(), spent + time.perf_counter() - started
+        if step == 0 or (step + 1) % s.log_every == 0:
+            means = torch.stack(window).mean(0).tolist()
+            record(s, step=step + 1, **dict(zip(("loss", "pref", "kl", "margin", "accuracy"), means)),
+                   lr=learning_rate(s, step), ms=1e3 * spent / len(window), tokens_s=tokens / spent,
+                   left=(time.perf_counter() - began) / (step + 1 - first) * (s.steps - step - 1))
+            window, tokens, spent = [], 0, 0.0
+    if s.algo != "sft":
+        report(policy, ref, tokenizer, s)
+
+
+def peak(out):
+    """The evaluation with the highest win-rate of the run in folder out."""
+    with open(f"{out}/log.jsonl") as f:
+        return max((r for r in map(json.loads, f) if "win" in r), key=lambda r: r["win"])
+
+
+def report(policy, ref, tokenizer, s):
+    """The peak, and three stories before and after, drawn with the same random numbers."""
+    print("peak win-rate {win:.3f} ± {win_se:.3f} at step {step}, kl {kl:.2f}".format(**peak(s.out)))
+    pairs = zip(*(tokenizer.decode(sample(model, 3, s, (SHOW,)).tolist()) for model in (ref, policy)))
+    text = "".join(f"before: {before}\nafter:  {after}\n\n" for before, after in pairs)
+    with open(f"{s.out}/stories.txt", "w") as f:
+        f.write(text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    cli(lambda: train(get_args()))

@@ -1,0 +1,172 @@
+"""
+The embedded world: a small grammar that writes children's stories, and an expert whose reward is known.
+
+Nothing here is learned. The grammar says what a story is, how likely each one is, and so what entropy
+a perfect writer has; the expert says what a story is worth, so that r(y) of the Bradley-Terry model
+(Eq. 2) is a number one can print. Real data give neither.
+
+    python toyworld.py        # three stories, what the expert thinks of them, and the entropy
+"""
+import math
+import random
+import re
+
+# ---------------------------------------------------------------------------------------------------
+# The grammar
+
+RICH = 0.2  # a slot takes one of its rich words with this probability, else one of its plain words
+SLOTS = {name: (plain.split(), rich.split()) for name, plain, rich in [
+    # slot, plain words, rich words (those of eight letters or more)
+    ("trait", "kind little brave shy funny smart quiet", "cheerful thoughtful adventurous imaginative"),
+    ("time", "day night week morning", "afternoon midnight"),
+    ("place", "park lake beach forest garden hill", "mountain playground lighthouse waterfall"),
+    ("look", "red big small old shiny soft blue", "beautiful mysterious enormous magnificent"),
+    ("thing", "ball kite hat drum boat doll bell", "telescope umbrella accordion microscope"),
+    ("animal", "dog cat bird frog bear goat", "elephant butterfly crocodile hedgehog"),
+    ("spot", "tree hole box bush pond well", "cupboard haystack fountain greenhouse"),
+    ("tried", "pulled pushed jumped waited ran", "struggled stretched scrambled"),
+    ("manner", "fast hard well slowly", "carefully patiently desperately"),
+    ("sad", "sad cross upset tired lost", "miserable heartbroken disappointed"),
+    ("said", "said asked cried called", "whispered exclaimed announced"),
+    ("helper", "mom dad friend sister uncle", "magician carpenter scientist librarian"),
+    ("find", "coin key ring note shell", "treasure necklace envelope photograph"),
+    ("glad", "happy glad proud calm safe", "delighted overjoyed triumphant"),
+    ("treat", "cake pie soup bread milk", "chocolate pancakes lemonade strawberries"),
+    ("lesson", "share wait ask listen try", "persevere cooperate apologize"),
+]}
+GIRLS, BOYS = "Lily Mia Anna Sue Rose".split(), "Tom Ben Max Tim Sam".split()
+
+# A story takes its stages in this order, each with its probability, in one of its templates, all alike.
+# {thing} and {hero}, and the words that follow from the hero, are chosen once a story; other slots anew.
+STAGES = [
+    ("opening", 1.0, ["Once there was a {trait} {child} named {hero}.",
+                      "One {time} {hero} walked to the {place}.",
+                      "{hero} lived near a {look} {place}."]),
+    ("want", 1.0, ["{He} wanted a {look} {thing}.",
+                   "{He} had a {thing} and a {animal}."]),
+    ("obstacle", 1.0, ["But the {thing} was stuck in a {spot}.",
+                       "Then a {trait} {animal} took the {thing}.",
+                       "But the {thing} fell and broke."]),
+    ("try", 0.5, ["{He} {tried} {manner} but could not fix it.",
+                  "{He} looked {manner} near the {spot}."]),
+    ("feeling", 0.6, ["{hero} felt {sad} and sat down.",
+                      "It made {hero} so {sad}."]),
+    ("talk", 0.4, ['"Who can help me?" {said} {hero}.',
+                   '"I will not give up," {said} {hero}.']),
+    ("help", 1.0, ["A {trait} {helper} came and {tried} {manner}.",
+                   "Then the {helper} from the {place} helped {him}."]),
+    ("twist", 0.3, ["And inside they found a {find}!",
+                    "But it was really a {animal}!"]),
+    ("resolution", 1.0, ["At last the {thing} was back and {hero} was {glad}.",
+                         "Soon {hero} held the {thing} and felt {glad}."]),
+    ("ending", 1.0, ["They all had {treat}.",
+                     "That {time} {hero} learned to {lesson}."]),
+]
+
+
+def agreement(hero: str) -> dict[str, str]:
+    """The words that follow from the hero."""
+    return (dict(hero=hero, child="girl", He="She", him="her") if hero in GIRLS else
+            dict(hero=hero, child="boy", He="He", him="him"))
+
+
+def write_story(rng: random.Random) -> str:
+    """One story of the grammar."""
+    def word(slot: str) -> str:
+        return rng.choice(SLOTS[slot][rng.random() < RICH])
+
+    agreed = agreement(rng.choice(GIRLS + BOYS)) | {"thing": word("thing")}
+    sentences = [re.sub(r"{(\w+)}", lambda m: agreed.get(m[1]) or word(m[1]), rng.choice(templates))
+                 for _, chance, templates in STAGES if rng.random() < chance]
+    return " ".join(sentences)
+
+
+def entropy() -> float:
+    """Nats a story, exact: every choice can be read off the story, so the choices' entropies add up."""
+    def nats(*probabilities: float) -> float:
+        return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+    slot = {name: nats(RICH, 1 - RICH) + (1 - RICH) * math.log(len(plain)) + RICH * math.log(len(rich))
+            for name, (plain, rich) in SLOTS.items()}
+    total = math.log(len(GIRLS + BOYS)) + slot["thing"]
+    for _, chance, templates in STAGES:
+        free = sum(slot.get(name, 0.0) for t in templates for name in re.findall(r"{(\w+)}", t) if name != "thing")
+        total += nats(chance, 1 - chance) + chance * (math.log(len(templates)) + free / len(templates))
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading a story back
+
+def _pattern(template: str) -> re.Pattern:
+    """A template as a regular expression; the words that must agree through a story are named groups."""
+    words = {name: plain + rich for name, (plain, rich) in SLOTS.items()}
+    words |= dict(hero=GIRLS + BOYS, child=["girl", "boy"], He=["She", "He"], him=["her", "him"])
+    parts = re.split(r"{(\w+)}", template)  # text, slot, text, slot, ..., text
+    parts[0::2] = [re.escape(text) for text in parts[0::2]]
+    parts[1::2] = [f"(?{'P<' + name + '>' if name == 'thing' or name not in SLOTS else ':'}{'|'.join(words[name])})"
+                   for name in parts[1::2]]
+    return re.compile("".join(parts))
+
+
+_PATTERNS = [(stage, _pattern(t)) for stage, (_, _, templates) in enumerate(STAGES) for t in templates]
+
+
+def parse(story: str) -> list[tuple[str, int | None, dict[str, str]]]:
+    """Each sentence with the number of its stage (None: not in the grammar) and its agreeing words."""
+    parsed = []
+    for sentence in re.split(r"(?<=[.!?])\s+", story.strip()):
+        matches = [(stage, m.groupdict()) for stage, p in _PATTERNS if (m := p.fullmatch(sentence))]
+        parsed.append((sentence, *(matches[0] if matches else (None, {}))))
+    return parsed
+
+
+def in_grammar(story: str) -> bool:
+    """Could the grammar have written this? Right stages in the right order, one hero and thing throughout."""
+    parsed = parse(story)
+    stages = [stage for _, stage, _ in parsed]
+    if None in stages or stages != sorted(set(stages)):
+        return False
+    if any(chance == 1 and i not in stages for i, (_, chance, _) in enumerate(STAGES)):
+        return False
+    hero = parsed[0][2]["hero"]
+    agreed = agreement(hero) | {"thing": next(words["thing"] for _, _, words in parsed if "thing" in words)}
+    return all(agreed[name] == word for _, _, words in parsed for name, word in words.items())
+
+
+# ---------------------------------------------------------------------------------------------------
+# The expert
+
+def score(story: str, taste: str = "limited") -> float:
+    """
+    What the expert gives a story, about 0 to 10. Both tastes like long words (different ones, of eight
+    letters or more), dialogue and a twist, and dislike a long word said again (but for the thing) and
+    nonsense: a sentence outside the grammar, a sentence repeated, no ending.
+    `limited` has had enough at six long words and takes beyond eight for purple prose;
+    `naive` likes each one more, up to a score of 10.
+    """
+    parsed = parse(story)
+    sentences, stages = [s for s, _, _ in parsed], {STAGES[i][0] for _, i, _ in parsed if i is not None}
+    words = re.findall(r"[a-z]{8,}", story.lower())
+    things = SLOTS["thing"][1]
+    long = len(set(words))
+    repeats = sum(words.count(w) - 1 for w in set(words) if w not in things)
+    nonsense = (sum(i is None for _, i, _ in parsed) + len(sentences) - len(set(sentences))
+                + ("ending" not in stages))
+    points = 2 + ("talk" in stages) + ("twist" in stages) - repeats - 2 * nonsense
+    if taste == "naive":
+        return min(10.0, points + long)
+    return points + min(long, 6) - 0.5 * max(0, long - 8)
+
+
+def reward(story: str, taste: str = "limited") -> float:
+    """r(y) of the Bradley-Terry model, Eq. 2: two points of score are one nat of preference."""
+    return score(story, taste) / 2
+
+
+if __name__ == "__main__":
+    rng = random.Random(0)
+    for _ in range(3):
+        story = write_story(rng)
+        print(f"score {score(story):4.1f}   {story}\n")
+    print(f"a perfect writer of these stories has an entropy of {entropy():.2f} nats a story")
