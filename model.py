@@ -54,16 +54,17 @@ class KVCache:
     def __init__(self, max_len: int):
         self.max_len = max_len
         self.length = 0             # positions filled; the model moves it on once a forward
-        self.buffers = {}           # layer -> (2, B, n_kv_heads, max_len, head_dim)
+        self.buffers = {}           # layer -> keys, values (B, n_kv_heads, max_len, head_dim)
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends k, v (B, n_kv_heads, T, head_dim); returns all of them so far."""
+        """Appends k, v (B, n_kv_heads, T, head_dim), without gradient; returns all of them so far."""
+        B, H, T, head_dim = k.shape
         if layer not in self.buffers:
-            self.buffers[layer] = k.new_empty(2, *k.shape[:2], self.max_len, k.shape[3])
-        end = self.length + k.shape[2]
-        assert end <= self.max_len, f"cache of {self.max_len} positions is full"
+            self.buffers[layer] = k.new_empty(B, H, self.max_len, head_dim), v.new_empty(B, H, self.max_len, head_dim)
+        end = self.length + T
+        assert end <= self.max_len, f"{end} positions in a cache of {self.max_len}"
         keys, values = self.buffers[layer]
-        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
+        keys[:, :, self.length:end], values[:, :, self.length:end] = k.detach(), v.detach()
         return keys[:, :, :end], values[:, :, :end]
 
 

@@ -111,7 +111,7 @@ def toy(a) -> None:
     make(at("stories.npy"), lambda: write("stories.npy", a.stories, 2 * a.seed), world, seed=a.seed, n=a.stories)
     make(at("heldout.npy"), lambda: write("heldout.npy", 1000, 2 * a.seed + 1), world, seed=a.seed)
     make(at("sft.pt"), pretrain, [at("stories.npy")], seed=a.seed, steps=a.sft_steps, **WRITER)
-    for name, count, n, purpose in (("pairs", a.pairs, 2, PAIRS), ("ranked", a.pairs, 4, RANKED), ("ref", 2000, 1, REF)):
+    for name, count, n, purpose in (("pairs", a.pairs, 2, PAIRS), ("ranked", a.pairs // 2, 4, RANKED), ("ref", a.ref, 1, REF)):
         make(at(f"{name}.npy"), lambda: collect(f"{name}.npy", count, n, purpose), [at("sft.pt"), *world],
              seed=a.seed, count=count, n=n)
     print(f"{a.data}: the writer and its stories are ready; a perfect writer has {toyworld.entropy():.2f} nats a story")
@@ -125,7 +125,8 @@ def main(argv=None) -> None:
     p.add_argument("--seed", type=int, default=0, help="of the grammar's stories, the training and the sampling")
     p.add_argument("--stories", type=int, default=20_000, help="stories of the grammar to learn from")
     p.add_argument("--sft_steps", type=int, default=1000, help="steps of pre-training")
-    p.add_argument("--pairs", type=int, default=1000, help="pairs, and rows of four ranked stories")
+    p.add_argument("--ref", type=int, default=2000, help="stories of the writer to compare with, and for SLiC-HF")
+    p.add_argument("--pairs", type=int, default=4000, help="pairs; half as many rows of four ranked stories")
     a = p.parse_args(argv)
     train_tokenizer(a.tokenizer) if a.what == "tokenizer" else toy(a)
 

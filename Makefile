@@ -1,0 +1,45 @@
+# SPO, arXiv 2405.00747. `make` alone prints the targets.
+#
+# Any setting of spo.py can be given, in capitals; what is not given is not passed on:
+#     make train ALGO=spo ALPHA=0.01
+#     make train ALGO=dpo BETA=0.1 SEED=1 STEPS=1500
+# RESUME=1 goes on from the run's last checkpoint. PY=python3 uses the interpreter at hand, not .venv.
+
+PY = .venv/bin/python
+READY = $(if $(filter .venv/%,$(PY)),.venv/ready)
+SETTINGS = ALGO ALPHA BETA GAMMA DELTA R K MODEL DATA INIT TOKENIZER OUT SEED STEPS BATCH LR LR_END WARMUP CLIP \
+           MAX_NEW EVAL_EVERY EVAL_STORIES LOG_EVERY DEVICE
+flag = --$(if $(filter R,$1),R,$(shell echo $1 | tr A-Z a-z))
+given = $(foreach s,$(SETTINGS),$(if $($s),$(call flag,$s) $($s))) $(if $(RESUME),--resume)
+
+# print this
+help:
+	@grep -B1 -E '^[a-z]+:' Makefile | grep -v '^--' | sed 'N;s/# \(.*\)\n\([a-z]*\):.*/make \2\t\1/' | expand -t 14
+
+# align the story writer, e.g. ALGO=spo ALPHA=0.01
+train: data
+	@$(PY) spo.py $(strip $(given))
+
+# make the toy world's writer and preferences, once (a minute)
+data: $(READY)
+	@$(PY) prepare_data.py toy $(if $(DATA),--data $(DATA)) $(TOY)
+
+# run every test
+test: $(READY)
+	@$(PY) -m pytest -q test_spo.py
+
+# print Theorems 1 to 4 as a table
+theory: $(READY)
+	@$(PY) test_spo.py
+
+# remove data/ and out/
+clean:
+	rm -rf data out
+
+# the environment, on first use
+.venv/ready: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -q -r requirements.txt
+	@touch $@
+
+.PHONY: help train data test theory clean

@@ -1,0 +1,741 @@
+"""
+    python test_spo.py     # Theorems 1 to 4, for the very functions that train: a table, and a matching exit status
+    pytest test_spo.py     # these and everything else the project promises
+"""
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import evaluate
+import model
+import prepare_data
+import spo
+import toyworld
+from model import BOS, KVCache, ModelArgs, Transformer, generate
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+torch.set_default_dtype(torch.float32)
+
+# ---------------------------------------------------------------------------------------------------
+# The theory. A tabular model of one x and five responses: theta (5,), log pi = log_softmax(theta).
+# The preference distribution has full support and uneven frequencies, and is consistent with r.
+
+r = torch.tensor([0.9, -0.6, 0.3, -0.1, -0.9], dtype=torch.float64)
+pi_ref = torch.tensor([0.1, 0.3, 0.2, 0.25, 0.15], dtype=torch.float64)
+ALPHAS = (0.3, 0.5, 1.0, 2.0)
+
+
+def uneven(n, seed=0):
+    """Every ordered choice of n different responses (B, n), and a frequency for each set of them (B,)."""
+    rows = torch.tensor(list(itertools.permutations(range(len(r)), n)))
+    weight = {}
+    generator = torch.Generator().manual_seed(seed)
+    for row in rows.tolist():
+        weight.setdefault(frozenset(row), 0.05 + torch.rand((), generator=generator, dtype=torch.float64) ** 2)
+    q = torch.stack([weight[frozenset(row)] for row in rows.tolist()])
+    return rows, q
+
+
+def plackett_luce(rows):
+    """Eq. 3: the probability of each order in rows (B, n), best first."""
+    return torch.stack([(r[rows[:, k]] - r[rows[:, k:]].logsumexp(1)).exp() for k in range(rows.shape[1] - 1)]).prod(0)
+
+
+PAIRS, q_pairs = uneven(2)
+D_PAIRS = q_pairs * plackett_luce(PAIRS) / (q_pairs * plackett_luce(PAIRS)).sum()     # D(y_w, y_l), Eq. 2
+W, L = PAIRS.T
+
+
+def minimise(loss, theta=None):
+    """The minimiser of loss(log pi) over the tabular model, as probabilities."""
+    theta = torch.zeros(len(r), dtype=torch.float64) if theta is None else theta.clone()
+    theta.requires_grad_(True)
+    optimizer = torch.optim.LBFGS([theta], max_iter=2000, tolerance_grad=1e-12, tolerance_change=0,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(theta.log_softmax(0))
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return theta.detach().softmax(0)
+
+
+def follow_flow(loss, steps=150):
+    """
+    Theorem 2's ODE, pi' = projection of -dL/dpi, from the uniform pi for a time of several hundred: stiff,
+    so by linearly implicit Euler steps. Inside the simplex the projection takes away the mean.
+    """
+    n, pi, h = len(r), torch.full_like(r, 1 / len(r)), 1e-3
+    project = torch.eye(n, dtype=torch.float64) - 1 / n
+    for _ in range(steps):
+        pi.requires_grad_(True)
+        v, = torch.autograd.grad(-loss(pi.log()), pi)
+        jacobian = -project @ torch.autograd.functional.hessian(lambda p: loss(p.log()), pi)
+        pi = pi.detach()
+        step = torch.linalg.solve(torch.eye(n, dtype=torch.float64) - h * jacobian, h * project @ v)
+        if (pi + step).min() < 0.2 * pi.min():
+            h /= 4
+        else:
+            pi, h = pi + step, h * 1.2
+    return pi
+
+
+def total_variation(p, q):
+    return (p - q).abs().sum().item() / 2
+
+
+def theory():
+    """Rows of the table: name, alpha, target, learned, total variation, and whether it is as the theorem says."""
+    trios, q_trios = uneven(3)
+    best_is_first = q_trios * r[trios].softmax(1)[:, 0]  # n-ary Bradley-Terry, one row for each best one
+    ranked = q_trios * plackett_luce(trios)
+    first = torch.zeros(len(trios), dtype=torch.long)
+    # symmetric weights: a function of the set {y_k, .., y_n} alone
+    mu = torch.stack([1 + pi_ref[trios[:, k:]].sum(1) ** 2 * 9 for k in range(2)], 1)
+    for alpha in ALPHAS:
+        target = (r / alpha).softmax(0)
+        pairs = lambda logp, mu=None: D_PAIRS @ spo.spo_loss(logp[W], logp[L], alpha, mu)
+        weight = lambda logp: spo.pair_weight(logp[W], logp[L], gamma=0.5)
+        learned = {
+            "1  Eq. 9": minimise(pairs),
+            "2  Eq. 11": follow_flow(lambda logp: pairs(logp, weight(logp))),
+            "3  Eq. 14": minimise(lambda logp: best_is_first @ spo.best_of_n_loss(logp[trios], first, alpha, mu[:, 0])),
+            "4  Eq. 15": minimise(lambda logp: ranked @ spo.ranked_loss(logp[trios], alpha, mu)),
+            "control": follow_flow(lambda logp: pairs(logp, logp[W].detach().exp())),  # mu is the winner's own pi
+        }
+        for name, pi in learned.items():
+            tv = total_variation(pi, target)
+            yield name, alpha, target, pi, tv, tv > 0.02 if name == "control" else tv < (1e-3 if name[0] == "2" else 1e-5)
+
+
+def print_theory() -> bool:
+    """The table; True if every row is as the theorems say."""
+    print("A tabular model of five stories learns softmax(r / alpha) from pairs of uneven\n"
+          "frequency. Control: with a mu that is not symmetric it must not. TV: total variation.\n")
+    line = "{:9s}  {:>5s}  {:24s}  {:24s}  {:7s}  {}"
+    print(line.format("theorem", "alpha", "target", "learned", "TV", "pass"))
+    good = True
+    for name, alpha, target, learned, tv, passed in theory():
+        cells = [" ".join(f"{p:.2f}" for p in pi.tolist()) for pi in (target, learned)]
+        print(line.format(name, str(alpha), *cells, f"{tv:.1e}", "yes" if passed else "NO"))
+        good &= passed
+    print("\nall as the theorems say" if good else "\nNOT as the theorems say")
+    return good
+
+
+def test_theorems_1_to_4():
+    for name, alpha, _, _, tv, passed in theory():
+        assert passed, f"{name} at alpha {alpha}: total variation {tv}"
+
+
+def test_alpha_0_goes_to_the_best_response_on_uniform_pairs_and_elsewhere_on_uneven_ones():
+    def ascend(D):
+        theta = torch.zeros(len(r), dtype=torch.float64, requires_grad=True)
+        for _ in range(4000):
+            logp = theta.log_softmax(0)
+            gradient, = torch.autograd.grad(D @ spo.spo_loss(logp[W], logp[L], 0.0), theta)
+            theta = (theta - 20 * gradient).detach().requires_grad_()
+        return theta.detach().softmax(0)
+
+    uniform = plackett_luce(PAIRS)
+    assert ascend(uniform / uniform.sum())[r.argmax()] > 0.999
+    q = torch.where((PAIRS == r.argmax()).any(1), 0.02, 1.0)  # the best response is hardly ever compared
+    D = q * uniform / (q * uniform).sum()
+    preferred_less_rejected = torch.zeros_like(r).index_add(0, W, D).index_add(0, L, -D)
+    winner = preferred_less_rejected.argmax()
+    assert winner != r.argmax() and ascend(D)[winner] > 0.999
+
+
+def test_regularised_fixed_point_of_eq_6_goes_from_softmax_to_the_reference():
+    kl = lambda logp: spo.token_kl(logp[None, None], pi_ref.log()[None, None], torch.ones(1, 1))[0]
+    alpha, distances = 0.5, []
+    for beta in (1e-7, 0.1, 1.0, 10.0, 1e4):
+        loss = lambda logp: D_PAIRS @ spo.spo_loss(logp[W], logp[L], alpha) + beta * kl(logp)
+        learned = minimise(loss)
+        other = minimise(loss, torch.tensor([2.0, -1, 0, 1, -2], dtype=torch.float64))
+        assert total_variation(learned, other) < 1e-5
+        for _ in range(50):  # no point near by is lower
+            near = (learned.log() + 0.01 * torch.randn(5, dtype=torch.float64)).log_softmax(0)
+            assert loss(near) > loss(learned.log())
+        distances.append(total_variation(learned, pi_ref))
+    assert distances == sorted(distances, reverse=True) and distances[-1] < 1e-4
+    assert abs(distances[0] - total_variation((r / alpha).softmax(0), pi_ref)) < 1e-5
+
+
+def test_dpo_and_ipo_have_their_own_papers_minimisers():
+    beta, ref = 0.7, pi_ref.log()
+    learned = minimise(lambda logp: D_PAIRS @ spo.dpo_loss(logp[W], logp[L], ref[W], ref[L], beta))
+    assert total_variation(learned, (ref + r / beta).softmax(0)) < 1e-5
+    # IPO: both stories drawn from one distribution; pi_ref exp(P(preferred to a drawn story) / beta)
+    drawn = torch.tensor([0.3, 0.1, 0.25, 0.2, 0.15], dtype=torch.float64)
+    D = drawn[W] * drawn[L] * torch.sigmoid(r[W] - r[L])
+    learned = minimise(lambda logp: D @ spo.ipo_loss(logp[W], logp[L], ref[W], ref[L], beta))
+    assert total_variation(learned, (ref + torch.sigmoid(r[:, None] - r) @ drawn / beta).softmax(0)) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------
+# Losses
+
+g = torch.Generator().manual_seed(1)
+lw, ll, rw, rl = (3 * torch.randn(7, generator=g, dtype=torch.float64) - 5 for _ in range(4))
+logps = 2 * torch.randn(7, 4, generator=g, dtype=torch.float64) - 5
+best = torch.tensor([0, 1, 2, 3, 0, 1, 2])
+mu7, mu73 = torch.rand(7, generator=g, dtype=torch.float64), torch.rand(7, 3, generator=g, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.3, 1.0, 2.0])
+def test_losses_are_the_formulas(alpha):
+    """Against the paper's fractions of powers of probabilities, written with math, one row at a time."""
+    sigmoid = lambda z: 1 / (1 + math.exp(-z))
+    p = [[math.exp(z) ** alpha for z in row] for row in logps.tolist()]
+    for i in range(7):
+        w, l, beta, delta = lw[i].item(), ll[i].item(), 0.3, 1.5
+        pw, pl, margin = math.exp(w) ** alpha, math.exp(l) ** alpha, (w - rw[i].item()) - (l - rl[i].item())
+        rank = [-mu73[i, k].item() * math.log(p[i][k] / sum(p[i][k:])) / alpha for k in range(3)]
+        for got, expected in [
+            (spo.spo_loss(lw, ll, alpha), -math.log(pw / (pw + pl)) / alpha),
+            (spo.spo_loss(lw, ll, alpha, mu7), -mu7[i].item() * math.log(pw / (pw + pl)) / alpha),
+            (spo.spo_loss(lw, ll, 0.0, mu7), -mu7[i].item() * math.log(math.exp(w) / math.exp(l)) / 2),
+            (spo.best_of_n_loss(logps, best, alpha, mu7), -mu7[i].item() * math.log(p[i][best[i]] / sum(p[i])) / alpha),
+            (spo.ranked_loss(logps, alpha, mu73), sum(rank)),
+            (spo.dpo_loss(lw, ll, rw, rl, beta), -math.log(sigmoid(beta * margin))),
+            (spo.ipo_loss(lw, ll, rw, rl, beta), (margin - 1 / (2 * beta)) ** 2),
+            (spo.slic_loss(lw, ll, delta), max(0, delta - w + l)),
+        ]:
+            assert got.shape == (7,) and got[i].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_gradients_against_central_differences_and_the_closed_form():
+    variables = [z.clone().requires_grad_() for z in (lw, ll)]
+    many = logps.clone().requires_grad_()
+    for alpha in (0.0, 0.01, 0.5, 2.0):
+        assert torch.autograd.gradcheck(lambda a, b: spo.spo_loss(a, b, alpha, mu7), variables)
+        assert torch.autograd.gradcheck(lambda z: spo.best_of_n_loss(z, best, alpha, mu7), many)
+        assert torch.autograd.gradcheck(lambda z: spo.ranked_loss(z, alpha, mu73), many)
+        # Eq. 13, and with mu = 1 the gradient under Eq. 10
+        for mu in (mu7, None):
+            gw, gl = torch.autograd.grad(spo.spo_loss(*variables, alpha, mu).sum(), variables)
+            error = ll.exp() ** alpha / (lw.exp() ** alpha + ll.exp() ** alpha) * (1 if mu is None else mu)
+            assert torch.allclose(gw, -error) and torch.allclose(gl, error)
+    for loss in (lambda a, b: spo.dpo_loss(a, b, rw, rl, 0.3), lambda a, b: spo.ipo_loss(a, b, rw, rl, 0.3),
+                 lambda a, b: spo.slic_loss(a, b, 1.5)):
+        assert torch.autograd.gradcheck(loss, variables)
+
+
+def test_loss_identities():
+    two, zero = torch.stack((lw, ll), 1), torch.zeros(7, dtype=torch.long)
+    for alpha in (0.0, 0.1, 1.0):
+        pair = spo.spo_loss(lw, ll, alpha, mu7)
+        assert torch.allclose(pair, spo.best_of_n_loss(two, zero, alpha, mu7))
+        assert torch.allclose(pair, spo.ranked_loss(two, alpha, mu7[:, None]))
+        first_alone = mu73 * torch.tensor([1.0, 0, 0])  # Section 5: Eq. 15 is Eq. 14 when later mu are 0
+        assert torch.allclose(spo.ranked_loss(logps, alpha, first_alone),
+                              spo.best_of_n_loss(logps, zero, alpha, mu73[:, 0]))
+    gap = lambda alpha: (spo.spo_loss(lw, ll, alpha) - math.log(2) / alpha - spo.spo_loss(lw, ll, 0.0)).abs().max()
+    assert gap(1e-4) < 1e-2 and gap(1e-5) < 0.11 * gap(1e-4)  # first order in alpha
+    limit = spo.best_of_n_loss(logps, best, 1e-6) - math.log(4) / 1e-6
+    assert torch.allclose(limit, spo.best_of_n_loss(logps, best, 0.0), atol=1e-3)
+
+
+def test_pair_weight_is_symmetric_positive_without_gradient():
+    a, b = lw.clone().requires_grad_(), ll.clone().requires_grad_()
+    mu = spo.pair_weight(a, b, 0.7)
+    expected = (lw.exp() + ll.exp()) ** 0.7
+    assert not mu.requires_grad and (mu > 0).all() and torch.equal(mu, spo.pair_weight(b, a, 0.7))
+    assert torch.allclose(mu / mu[0], expected / expected[0]) and mu.log().mean().abs() < 1e-12
+    through = torch.autograd.grad(spo.spo_loss(a, b, 0.5, mu).sum(), a)[0]
+    constant = torch.autograd.grad(spo.spo_loss(a, b, 0.5, mu.clone()).sum(), a)[0]
+    wrong = torch.autograd.grad(spo.spo_loss(a, b, 0.5, (a.exp() + b.exp()) ** 0.7).sum(), a)[0]
+    assert torch.equal(through, constant) and not torch.allclose(wrong / expected[0], constant / mu[0])
+
+
+def test_finite_at_gaps_of_ten_thousand():
+    for sign in (1, -1):
+        a = torch.tensor([-50.0, -50.0]).requires_grad_()
+        b = torch.tensor([-50.0 - sign * 1e4, -60.0]).requires_grad_()
+        many, zero = torch.stack((a, b, b), 1), torch.zeros(2, dtype=torch.long)
+        ref = torch.zeros(2)
+        for loss in ([spo.spo_loss(a, b, alpha) for alpha in (0.0, 0.01, 1.0)]
+                     + [spo.spo_loss(a, b, 1.0, spo.pair_weight(a, b, 1.0)), spo.best_of_n_loss(many, zero, 1.0),
+                        spo.ranked_loss(many, 1.0), spo.dpo_loss(a, b, ref, ref, 1.0), spo.ipo_loss(a, b, ref, ref, 0.1),
+                        spo.slic_loss(a, b, 1.0)]):
+            assert loss.isfinite().all() and all(z.isfinite().all() for z in torch.autograd.grad(loss.sum(), (a, b)))
+    assert spo.pair_weight(torch.tensor([-1e4, 0.0]), torch.tensor([-1e4, 0.0]), 1.0).isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------
+# log pi(y) and the token KL, on a model small enough to enumerate
+
+def tiny(vocab=5, seed=0, **more):
+    """An untrained model, its weights larger than at the start of training so that nothing is nearly uniform."""
+    torch.manual_seed(seed)
+    m = Transformer(ModelArgs(**dict(dim=16, n_layers=2, n_heads=4, vocab_size=vocab, multiple_of=4, max_seq_len=64) | more))
+    with torch.no_grad():
+        m.tok_embeddings.weight.mul_(40)
+    return m
+
+
+def test_story_mask_counts_the_story_and_its_end():
+    tokens = torch.tensor([[1, 5, 6, 1, 1, 1], [1, 5, 6, 7, 8, 9], [1, 1, 1, 1, 1, 1], [1, 5, 6, 7, 8, 1]])
+    assert spo.story_mask(tokens).tolist() == [[0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
+
+
+def test_seq_logp_against_a_slow_loop():
+    m, generator = tiny(20).double(), torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, 20, (6, 9), generator=generator)
+    tokens[:, 0] = BOS
+    for row, end in enumerate((4, 8, 6, 5, 8, 3)):
+        tokens[row, end:] = BOS
+    mask = spo.story_mask(tokens)
+    mask[2, 1:3] = 0  # a longer prompt: its tokens do not count
+    logp = spo.seq_logp(m, tokens, mask)
+    assert logp.shape == (6,)
+    for row in range(6):
+        slow = 0.0
+        for t in range(1, 9):
+            if mask[row, t]:
+                z = m(tokens[row:row + 1, :t])[0, -1]
+                slow += (z[tokens[row, t]] - z.exp().sum().log()).item()
+        assert logp[row].item() == pytest.approx(slow, abs=1e-9)
+    # padding, other rows and their order change nothing
+    padded = torch.cat((tokens, torch.full((6, 5), BOS)), 1)
+    assert torch.allclose(spo.seq_logp(m, padded, spo.story_mask(padded))[[0, 1, 3, 4, 5]], logp[[0, 1, 3, 4, 5]])
+    order = torch.tensor([3, 5, 0, 1, 4, 2])
+    assert torch.allclose(spo.seq_logp(m, tokens[order], mask[order]), logp[order])
+    assert torch.allclose(spo.seq_logp(m, tokens[1:2], mask[1:2]), logp[1:2])
+    # the end token counts, and so would a prompt's tokens
+    without_end = mask.clone()
+    without_end[0, 4] = 0
+    assert spo.seq_logp(m, tokens, without_end)[0] > logp[0] + 1e-3
+    assert spo.seq_logp(m, tokens, spo.story_mask(tokens))[2] < logp[2] - 1e-3
+
+
+LONGEST = 4
+
+
+def all_stories(vocab):
+    """Every story a model of so many tokens can write within LONGEST tokens: ended by BOS, or cut."""
+    others = [t for t in range(vocab) if t != BOS]
+    ended = [s + (BOS,) * (LONGEST - n) for n in range(LONGEST) for s in itertools.product(others, repeat=n)]
+    return torch.tensor([(BOS, *s) for s in ended + list(itertools.product(others, repeat=LONGEST))])
+
+
+def test_token_kl_is_the_sequence_kl_but_its_gradient_is_not():
+    policy, ref, y = tiny(4, 0).double(), tiny(4, 1).double(), all_stories(4)
+    mask = spo.story_mask(y)
+    logp = spo.seq_logp(policy, y, mask)
+    assert logp.exp().sum().item() == pytest.approx(1)  # pi is a distribution over stories
+    with torch.no_grad():
+        ref_logp, ref_logits = spo.seq_logp(ref, y, mask), ref(y[:, :-1])
+    exact = (logp.exp() * (logp - ref_logp)).sum()
+    kl = spo.token_kl(policy(y[:, :-1]), ref_logits, mask[:, 1:])
+    assert kl.shape == (len(y),) and (logp.exp() @ kl).item() == pytest.approx(exact.item(), rel=1e-9)
+    assert abs(kl.mean().item() - exact.item()) > 0.01  # under another distribution it is something else
+
+    flat = lambda loss: torch.cat([z.flatten() for z in torch.autograd.grad(loss, policy.parameters(), retain_graph=True)])
+    true, token = flat(exact), flat(logp.exp().detach() @ kl)
+    missing = flat(logp.exp().detach() * kl.detach() @ logp)  # how theta moves the prefixes
+    gap = ((token - true).norm() / true.norm()).item()
+    print(f"gradient of the token KL: relative gap {gap:.3f}, cosine {F.cosine_similarity(token, true, 0):.3f} to the exact one")
+    assert gap > 0.05 and torch.allclose(token + missing, true, atol=1e-9)
+
+
+def test_token_kl_is_zero_at_the_reference_and_float32_under_bfloat16():
+    m, y = tiny(4), all_stories(4)
+    logits = m(y[:, :-1])
+    assert (spo.token_kl(logits, logits.clone(), spo.story_mask(y)[:, 1:]) == 0).all()
+    half = logits.bfloat16()
+    assert spo.token_kl(half, half, spo.story_mask(y)[:, 1:]).dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------
+# The model: cached sampling against the full forward, files against another reader
+
+class NextToken(torch.nn.Module):
+    """A fake model that is sure of the token after the previous one, and of BOS after the last."""
+
+    def forward(self, tokens, cache=None):
+        return 100.0 * F.one_hot((tokens + 1) % 8 + (tokens == 7), 8)
+
+
+def test_generate_asserted_whole():
+    prompt = torch.tensor([[4], [6], [2]])
+    counting_on = [[4, 5, 6, 7, 1, 1], [6, 7, 1, 1, 1, 1], [2, 3, 4, 5, 6, 7]]
+    assert generate(NextToken(), prompt, 5).tolist() == counting_on
+    assert generate(NextToken(), prompt, 5, temperature=0).tolist() == counting_on
+
+
+@pytest.mark.parametrize("kv", [None, 2, 1])
+def test_cache_is_the_full_forward(kv):
+    m, generator = tiny(30, n_kv_heads=kv), torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 30, (3, 20), generator=generator)
+    full = m(tokens)
+    cache, parts = KVCache(20), []
+    for a, b in ((0, 5), (5, 6), (6, 12), (12, 20)):  # several tokens behind a filled cache, too
+        parts.append(m(tokens[:, a:b], cache))
+    assert torch.allclose(torch.cat(parts, 1), full, atol=1e-4)
+    with pytest.raises(AssertionError):
+        m(tokens[:, :1], cache)
+    greedy = generate(m, tokens[:, :4], 12, temperature=0)
+    slow, closed = tokens[:, :4], torch.zeros(3, dtype=torch.bool)
+    for _ in range(12):
+        pick = torch.where(closed, BOS, m(slow)[:, -1].argmax(-1))
+        closed |= pick == BOS
+        slow = torch.cat((slow, pick[:, None]), 1)
+    assert torch.equal(greedy, slow)
+
+
+def test_generate_frequencies_against_the_exact_softmax():
+    m, n = tiny(5, 3), 20_000
+    stories = all_stories(5)
+    logp = spo.seq_logp(m, stories, spo.story_mask(stories)).detach()
+    def excess(y):
+        """Of chi-square over its degrees of freedom, in standard deviations; rare stories are one cell."""
+        counts, expected = (y[:, None] == stories).all(-1).sum(0), n * logp.exp()
+        assert counts.sum() == n  # each is a possible story: no BOS inside, BOS after its end
+        rare = expected < 5
+        counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
+        expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+        df = len(counts) - 1
+        return (((counts - expected) ** 2 / expected).sum().item() - df) / math.sqrt(2 * df)
+
+    draw = lambda **how: generate(m, torch.full((n, 1), BOS), LONGEST, generator=torch.Generator().manual_seed(0), **how)
+    assert abs(excess(draw())) < 5 < excess(draw(temperature=1.1))
+    assert len(generate(m, torch.full((500, 1), BOS), 1, top_k=2)[:, 1].unique()) <= 2
+
+
+def test_rows_of_generate_do_not_depend_on_each_other():
+    m, seed = tiny(30), lambda: torch.Generator().manual_seed(3)
+    prompt = torch.randint(2, 30, (8, 3), generator=seed())
+    other = prompt.clone()
+    other[1:] = other[1:].flip(1)
+    assert torch.equal(generate(m, prompt, 30, generator=seed())[0], generate(m, other, 30, generator=seed())[0])
+    moved = generate(m, prompt.roll(1, 0), 30, generator=seed())
+    assert not torch.equal(generate(m, prompt, 30, generator=seed()), moved.roll(-1, 0))  # each row has its own draws
+    m(generate(m, prompt, 5)).sum().backward()  # and what it returns can be trained on
+
+
+def forward_from_bin(path, tokens):
+    """An independent reader: logits of one sequence from llama2.c's .bin, in numpy, as run.c reads and computes."""
+    raw = open(path, "rb").read()
+    dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack("7i", raw[:28])
+    data, position, hd = np.frombuffer(raw[28:], np.float32).astype(np.float64), 0, dim // heads
+
+    def take(*shape):
+        nonlocal position
+        position += math.prod(shape)
+        return data[position - math.prod(shape):position].reshape(shape)
+
+    embedding, norm1 = take(vocab, dim), take(layers, dim)
+    wq, wk, wv, wo = take(layers, dim, dim), take(layers, kv_heads * hd, dim), take(layers, kv_heads * hd, dim), take(layers, dim, dim)
+    norm2, w1, w2, w3 = take(layers, dim), take(layers, hidden, dim), take(layers, dim, hidden), take(layers, hidden, dim)
+    norm, cos, sin = take(dim), take(length, hd // 2), take(length, hd // 2)
+    assert position == len(data) and vocab > 0
+    rms = lambda x, w: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * w
+
+    def turn(x):  # (T, H, hd)
+        out, c, s = x.copy(), cos[:len(x), None], sin[:len(x), None]
+        out[..., 0::2], out[..., 1::2] = x[..., 0::2] * c - x[..., 1::2] * s, x[..., 0::2] * s + x[..., 1::2] * c
+        return out
+
+    x, T = embedding[tokens], len(tokens)
+    for i in range(layers):
+        h = rms(x, norm1[i])
+        q, k = turn((h @ wq[i].T).reshape(T, heads, hd)), turn((h @ wk[i].T).reshape(T, kv_heads, hd))
+        v, out = (h @ wv[i].T).reshape(T, kv_heads, hd), np.zeros((T, heads, hd))
+        for t, head in itertools.product(range(T), range(heads)):
+            group = head // (heads // kv_heads)
+            score = k[:t + 1, group] @ q[t, head] / math.sqrt(hd)
+            out[t, head] = np.exp(score - score.max()) / np.exp(score - score.max()).sum() @ v[:t + 1, group]
+        x = x + out.reshape(T, dim) @ wo[i].T
+        h = rms(x, norm2[i])
+        gate = h @ w1[i].T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ w3[i].T)) @ w2[i].T
+    return rms(x, norm) @ embedding.T
+
+
+def test_a_checkpoint_of_llama2c_loads_and_exports(tmp_path):
+    m = tiny(30, n_kv_heads=2)
+    with torch.no_grad():
+        for name, p in m.named_parameters():
+            if name.endswith("norm.weight"):
+                p.uniform_(0.5, 1.5)
+    args = dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=30, multiple_of=4, max_seq_len=64, dropout=0.1)
+    torch.save({"model": {f"_orig_mod.{name}": w for name, w in m.state_dict().items()}, "model_args": args,
+                "config": {"device": "cuda"}, "iter_num": 7, "best_val_loss": torch.tensor(1.0)}, tmp_path / "c.pt")
+    loaded = model.load(tmp_path / "c.pt")
+    names = set(loaded.state_dict())
+    assert names >= {"tok_embeddings.weight", "output.weight", "norm.weight", "layers.1.attention.wk.weight",
+                     "layers.1.feed_forward.w3.weight", "layers.1.attention_norm.weight", "layers.1.ffn_norm.weight"}
+    tokens = torch.randint(0, 30, (1, 12), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded(tokens), m(tokens))
+    model.save(loaded, tmp_path / "again.pt")
+    assert torch.equal(model.load(tmp_path / "again.pt")(tokens), m(tokens))
+
+    model.export(loaded, tmp_path / "m.bin")
+    header = struct.unpack("7i", (tmp_path / "m.bin").read_bytes()[:28])
+    assert header == (16, 44, 2, 4, 2, 30, 64)
+    numbers = sum(p.numel() for p in loaded.parameters()) + 2 * 64 * 2  # the tied classifier once; cos and sin
+    assert (tmp_path / "m.bin").stat().st_size == 28 + 4 * numbers
+    logits = forward_from_bin(tmp_path / "m.bin", tokens[0].numpy())
+    assert np.allclose(logits, m(tokens)[0].detach().numpy(), atol=1e-3)
+    # half-split instead of interleaved pairs would not do
+    real, model.rotate = model.rotate, lambda x, turns: torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turns).flatten(-2)
+    try:
+        assert not np.allclose(logits, m(tokens)[0].detach().numpy(), atol=1e-3)
+    finally:
+        model.rotate = real
+
+
+# ---------------------------------------------------------------------------------------------------
+# The toy world
+
+def test_entropy_is_exact():
+    """Stage by stage, over every sentence of one hero and thing: all differ, and their entropies are the formula's."""
+    def every(template, agreed):
+        """(sentence, probability) of each way to fill the template."""
+        slots = [name for name in re.findall(r"{(\w+)}", template) if name not in agreed]
+        words = [[(w, p / len(half)) for half, p in zip(toyworld.SLOTS[s], (1 - toyworld.RICH, toyworld.RICH)) for w in half]
+                 for s in slots]
+        for choice in itertools.product(*words):
+            fill = iter(w for w, _ in choice)
+            yield (re.sub(r"{(\w+)}", lambda m: agreed.get(m[1]) or next(fill), template), math.prod(p for _, p in choice))
+
+    agreed = toyworld.agreement("Mia") | {"thing": "telescope"}
+    total = math.log(10) - sum(len(half) * p / len(half) * math.log(p / len(half))
+                               for half, p in zip(toyworld.SLOTS["thing"], (0.8, 0.2)))
+    seen = set()
+    for _, chance, templates in toyworld.STAGES:
+        sentences = [(s, chance * p / len(templates)) for t in templates for s, p in every(t, agreed)]
+        assert seen.isdisjoint(s for s, _ in sentences) and len(sentences) == len({s for s, _ in sentences})
+        seen |= {s for s, _ in sentences}
+        total -= sum(p * math.log(p) for _, p in sentences) + ((1 - chance) * math.log(1 - chance) if chance < 1 else 0)
+    assert total == pytest.approx(toyworld.entropy(), rel=1e-9)
+
+
+def test_the_expert_reads_what_the_grammar_writes():
+    rng = random.Random(0)
+    stories = [toyworld.write_story(rng) for _ in range(300)]
+    assert all(toyworld.in_grammar(s) for s in stories)
+    story = ("Once there was a brave girl named Mia. She wanted a red telescope. But the telescope fell and broke. "
+             '"Who can help me?" whispered Mia. A kind librarian came and pulled hard. But it was really a elephant! '
+             "At last the telescope was back and Mia was delighted. They all had soup.")
+    # telescope, whispered, librarian, elephant, delighted; dialogue; twist
+    assert toyworld.score(story) == 2 + 5 + 1 + 1 and toyworld.reward(story) == 4.5
+    for change, points in [(("Mia. She", "Rose. She"), 0), (("They all had soup.", ""), -2), (("fell and broke", "flew"), -2),
+                           (("She wanted a red", "She wanted a enormous"), 1), (("soup", "soup. They all had soup"), -2),
+                           (("a kind librarian", "a kind mom"), 0), (("soup", "chocolate"), 1)]:
+        assert toyworld.score(story.replace(*change)) == 9 + points
+    assert not toyworld.in_grammar(story.replace("was back and Mia", "was back and Rose"))
+    assert not toyworld.in_grammar(story.replace("She wanted", "He wanted"))
+    purple = story.replace("brave", "imaginative").replace("a red", "a magnificent").replace("hard", "patiently") \
+        .replace("soup", "pancakes")
+    assert toyworld.score(purple) == 2 + 6 - 0.5 + 2 and toyworld.score(purple, "naive") == 10
+
+
+def test_win_rate():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = torch.randn(400, generator=generator) + 1, torch.randn(500, generator=generator)
+    win, se = evaluate.win_rate(ours, theirs)
+    slow = np.mean([1 / (1 + math.exp(b - a)) for a in ours.tolist() for b in theirs.tolist()])
+    assert win == pytest.approx(slow, abs=1e-5)
+    # the standard error is the spread of the win-rate over fresh samples
+    wins = [evaluate.win_rate(torch.randn(400, generator=generator) + 1, torch.randn(500, generator=generator))[0]
+            for _ in range(200)]
+    assert np.std(wins) == pytest.approx(se, rel=0.2)
+    assert evaluate.win_rate(theirs, theirs)[0] == pytest.approx(0.5)
+
+
+def test_labels_follow_plackett_luce():
+    """Eq. 2 and 3: how often each of the six orders of three stories with rewards r is drawn."""
+    rewards, n = torch.tensor([0.5, -0.5, 1.0]), 30_000
+    stories = torch.arange(3)[None, :, None].expand(n, 3, 1)
+    ranked = prepare_data.rank(stories, rewards.expand(n, 3), torch.Generator().manual_seed(0))[:, :, 0]
+    for order in itertools.permutations(range(3)):
+        p = math.prod(math.exp(rewards[order[k]]) / sum(math.exp(rewards[j]) for j in order[k:]) for k in range(3))
+        share = (ranked == torch.tensor(order)).all(1).float().mean().item()
+        assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / n)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Runs, on a world small enough to make in seconds
+
+TINY_WORLD = "--stories 200 --sft_steps 20 --pairs 48 --ref 64".split()
+SHORT = "--steps 10 --batch 8 --warmup 2 --log_every 1 --eval_every 5 --eval_stories 16 --max_new 40".split()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder like data/toy, of a writer that has hardly learned."""
+    data = str(tmp_path_factory.mktemp("world"))
+    prepare_data.main(["toy", "--data", data, *TINY_WORLD])
+    return data
+
+
+def run(world, out, *flags):
+    """A short training run in this process -> the records of its log."""
+    argv = SHORT + (["--lr", "1e-3"] if "--lr" not in flags else [])
+    spo.train(spo.get_args(argv + ["--data", world, "--out", str(out), *flags]))
+    return read_log(out)
+
+
+def read_log(out):
+    with open(f"{out}/log.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+def numbers(log):
+    """What must be the same in two runs of the same settings: all but the times."""
+    return [{k: v for k, v in record.items() if k not in ("ms", "tokens_s", "left")} for record in log]
+
+
+def weights(path):
+    return torch.cat([p.flatten() for p in model.load(path).parameters()])
+
+
+@pytest.mark.parametrize("algo", spo.LOSSES)
+def test_every_algorithm_starts_at_the_reference_moves_and_resumes(world, tmp_path, algo):
+    init = ["--init", f"{world}/init.pt"] if algo == "sft" else []
+    log = run(world, tmp_path / "a", "--algo", algo, *init)
+    first = next(r for r in log if "loss" in r)
+    if algo == "dpo":
+        assert first["loss"] == torch.tensor(2.0).log().item()
+    if "R" in spo.LOSSES[algo][2]:
+        assert first["kl"] == 0 and any(r["kl"] > 0 for r in log if "loss" in r)
+    after = weights(tmp_path / "a/ckpt.pt")
+    assert not torch.equal(after, weights(init[1] if init else f"{world}/sft.pt"))
+    # the same seed, the same numbers; 10 steps = 5 + stop + 5, and k = 8 does not divide the stop
+    assert numbers(run(world, tmp_path / "b", "--algo", algo, *init, "--steps", "5")) == numbers(log)[:len(log) // 2 + 1]
+    again = run(world, tmp_path / "b", "--algo", algo, *init, "--resume")
+    assert numbers(again) == numbers(log) and torch.equal(weights(tmp_path / "b/ckpt.pt"), after)
+
+
+def test_another_seed_gives_other_numbers_and_gamma_weights(world, tmp_path):
+    losses = [[r["loss"] for r in run(world, tmp_path / name, *flags) if "loss" in r]
+              for name, flags in dict(a=[], b=["--seed", "1"], c=["--gamma", "0.1"]).items()]
+    assert losses[0] != losses[1] and losses[0] != losses[2]
+    run(world, tmp_path / "a", "--steps", "2")  # the first run moved aside
+    assert [r["loss"] for r in read_log(tmp_path / "a.1") if "loss" in r] == losses[0]
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_rollouts_every_k_steps_and_the_reference_reads_each_once(world, tmp_path, monkeypatch, k):
+    sampled, read = [], []
+    real_sample, real_load = spo.sample, spo.load
+
+    def sample(m, n, s, key):
+        if key[0] == spo.ROLLOUT:
+            sampled.append(key[1])
+        return real_sample(m, n, s, key)
+
+    def load(*args):
+        m = real_load(*args)
+        forward = m.forward
+        m.forward = lambda tokens, cache=None: (read.append(m) if len(tokens) == 5 else None, forward(tokens, cache))[1]
+        return m
+
+    monkeypatch.setattr(spo, "sample", sample)
+    monkeypatch.setattr(spo, "load", load)
+    run(world, tmp_path / "a", "--k", str(k), "--R", "5")
+    assert sampled == list(range(0, 10, k))
+    by_reference = [m for m in read if not next(m.parameters()).requires_grad]
+    assert len(by_reference) == len(sampled)
+
+
+def test_data_are_made_once_and_anew_when_settings_change(world, tmp_path, capsys):
+    before = {name: os.stat(f"{world}/{name}").st_mtime_ns for name in os.listdir(world)}
+    prepare_data.main(["toy", "--data", world, *TINY_WORLD])
+    assert {name: os.stat(f"{world}/{name}").st_mtime_ns for name in os.listdir(world)} == before
+    copy = str(tmp_path / "copy")
+    prepare_data.main(["toy", "--data", copy, *TINY_WORLD])  # reproducible from the seed
+    for name in ("stories", "pairs", "ranked", "ref"):
+        assert np.array_equal(np.load(f"{world}/{name}.npy"), np.load(f"{copy}/{name}.npy"))
+    capsys.readouterr()
+    prepare_data.main(["toy", "--data", copy, *TINY_WORLD, "--pairs", "40"])
+    made = re.findall(r"making \S*/(\S+)", capsys.readouterr().out)
+    assert made == ["pairs.npy", "ranked.npy"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--algo ppo", "ppo"),
+    ("--delta 1", "delta is a setting that spo does not read"),
+    ("--algo dpo --alpha 0.1", "alpha is a setting that dpo does not read"),
+    ("--algo sft --beta 1", "beta is a setting that sft does not read"),
+    ("--alpha -1", "alpha is -1"), ("--alpha nan", "alpha is nan"), ("--beta -0.1", "beta is -0.1"),
+    ("--algo ipo --beta 0", "beta is 0"), ("--R 0", "R is 0"), ("--k 0", "k is 0"), ("--steps ten", "steps"),
+    ("--batch 100", "--batch is 100"), ("--nonsense 1", "nonsense"),
+    ("--init nowhere.pt", "nowhere.pt is not there"), ("--init {tmp}/cut.pt", "cut.pt cannot be read"),
+    ("--init {tmp}/text.pt", "text.pt cannot be read"), ("--init {tmp}/list.pt", "list.pt is not a llama2.c checkpoint"),
+    ("--init {tmp}/other.pt", "640"), ("--init {tmp}/misfit.pt", "do not fit"),
+    ("--data nowhere", "nowhere/sft.pt is not there"), ("--data {tmp}", "sft.pt is not there"),
+    ("--tokenizer nowhere.model", "nowhere.model is not there"), ("--tokenizer {tmp}/text.pt", "not a sentencepiece model"),
+    ("--out {tmp}/text.pt/run", "cannot be written"), ("--resume", "ckpt.pt is not there"),
+])
+def test_wrong_input_is_one_sentence_and_status_2(world, tmp_path, capsys, flags, words):
+    whole = open(f"{world}/sft.pt", "rb").read()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.pt").write_text("Once upon a time\n" * 99)
+    torch.save([1, 2], tmp_path / "list.pt")
+    model.save(tiny(30), tmp_path / "other.pt")
+    checkpoint = torch.load(f"{world}/sft.pt")
+    torch.save(checkpoint | {"model_args": checkpoint["model_args"] | {"dim": 32}}, tmp_path / "misfit.pt")
+    before = sorted(os.listdir(tmp_path))
+    argv = [*SHORT, "--data", world, "--out", str(tmp_path / "run"), *flags.format(tmp=tmp_path).split()]
+    with pytest.raises(SystemExit) as stop:
+        model.cli(lambda: spo.train(spo.get_args(argv)))
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.err.startswith("error: ") and words in output.err
+    assert output.err.count("\n") == 1 and "Traceback" not in output.err and len(output.err) < 400
+    assert sorted(os.listdir(tmp_path)) == before  # nothing half-written
+
+
+def test_resuming_with_other_settings_is_refused(world, tmp_path):
+    run(world, tmp_path / "a", "--steps", "2")
+    with pytest.raises(model.UserError, match="--alpha 0.01, not 0.02"):
+        run(world, tmp_path / "a", "--alpha", "0.02", "--resume")
+
+
+def test_ctrl_c_finishes_the_step_and_saves(world, tmp_path):
+    argv = [sys.executable, "spo.py", *SHORT, "--data", world, "--out", str(tmp_path / "a"), "--lr", "1e-3"]
+    program = subprocess.Popen(argv + ["--steps", "100000", "--eval_every", "100000"], cwd=HERE, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in program.stdout:
+        if line.startswith("     3 "):
+            break
+    program.send_signal(signal.SIGINT)
+    out, err = program.communicate(timeout=60)
+    step = int(re.search(r"saved at step (\d+)", out)[1])
+    assert program.returncode == 130 and "RESUME=1" in out and "Traceback" not in err and step >= 3
+    assert read_log(tmp_path / "a")[-1]["step"] == step == torch.load(tmp_path / "a/ckpt.pt")["step"]
+
+
+def test_the_readme_train_line(world, tmp_path):
+    """The README's own command, with fewer steps and the tiny world."""
+    line = re.search(r"make train ALGO=spo ALPHA=0.01", open(f"{HERE}/README.md").read())[0]
+    done = subprocess.run([*line.split(), f"PY={sys.executable}", f"DATA={world}", "STEPS=4", f"OUT={tmp_path}/run",
+                           f"TOY={' '.join(TINY_WORLD)}", "BATCH=8", "EVAL_STORIES=16", "EVAL_EVERY=2"],
+                          cwd=HERE, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "algo=spo" in done.stdout and "alpha=0.01" in done.stdout and "peak win-rate" in done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if re.match(r" *\d|@", line))
+    assert set(os.listdir(tmp_path / "run")) == {"ckpt.pt", "best.pt", "log.jsonl", "stories.txt"}
+
+
+if __name__ == "__main__":
+    sys.exit(0 if print_theory() else 1)
