@@ -2,6 +2,7 @@
 Stories as tokens and as text, and what they are worth: the judge, and the win-rate it gives a model
 against its reference.
 """
+import json
 import os
 
 import numpy as np
@@ -28,15 +29,15 @@ def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePiecePro
 
 
 def load_tokens(path: str, vocab_size: int) -> np.ndarray:
-    """A token file: uint16 (N, n, T), N rows of n responses, best first; each BOS, a story, BOS, more BOS to fill."""
+    """A token file: uint16 (N, n, T), n responses a row, best first; each BOS, a story, BOS to the end."""
     try:
         data = np.load(path, mmap_mode="r")
     except FileNotFoundError:
         raise UserError(f"{path} is not there: make it with `make data`.") from None
     except (ValueError, EOFError, OSError) as e:
-        raise UserError(f"{path} is not a token file ({str(e)[:80]}): make it again with `make data`.") from None
+        raise UserError(f"{path} is not a token file ({str(e)[:80]}): make it with `make data`.") from None
     if data.dtype != np.uint16 or data.ndim != 3 or data.max() >= vocab_size:
-        raise UserError(f"{path} does not hold tokens of this model: make it again with `make data`.")
+        raise UserError(f"{path} does not hold this model's tokens: make it with `make data`.")
     return data
 
 
@@ -54,3 +55,14 @@ def win_rate(r: torch.Tensor, r_ref: torch.Tensor) -> tuple[float, float]:
     wins = torch.sigmoid(r[:, None] - r_ref)  # (N, M)
     variance = wins.mean(1).var() / len(r) + wins.mean(0).var() / len(r_ref)
     return wins.mean().item(), variance.sqrt().item()
+
+
+def read_log(out: str) -> list[dict]:
+    """The records of the run in folder out: each has a step, and the loss or an evaluation after it."""
+    with open(f"{out}/log.jsonl") as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]  # a killed run may end in half a line
+
+
+def peak(out: str) -> dict:
+    """The evaluation with the highest win-rate."""
+    return max((r for r in read_log(out) if "win" in r), key=lambda r: r["win"])

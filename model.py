@@ -1,5 +1,5 @@
 """
-A compact Llama, with the parameter names of llama2.c so that its published checkpoints load as they are.
+A compact Llama with llama2.c's parameter names, so that its published checkpoints load as they are.
 
     model = load("stories15M.pt")
     logits = model(tokens)                              # (B, T) -> (B, T, V), every position
@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-BOS = 1  # delimits stories: the first token of each, and the one that closes it (no EOS was ever trained)
+BOS = 1  # delimits stories: each begins with it and is closed by it (no EOS was ever trained)
 
 
 class UserError(Exception):
@@ -41,7 +41,7 @@ class ModelArgs:
     n_heads: int = 32
     n_kv_heads: int | None = None   # fewer than n_heads: grouped-query attention
     vocab_size: int = 32000
-    hidden_dim: int | None = None   # of the feed-forward; None: 2/3 of 4 dim, rounded up to a multiple of
+    hidden_dim: int | None = None   # of the feed-forward; None: 8/3 dim, rounded up to a multiple of
     multiple_of: int = 256
     norm_eps: float = 1e-5
     max_seq_len: int = 2048
@@ -60,7 +60,7 @@ class KVCache:
         """Appends k, v (B, n_kv_heads, T, head_dim), without gradient; returns all of them so far."""
         B, H, T, head_dim = k.shape
         if layer not in self.buffers:
-            self.buffers[layer] = k.new_empty(B, H, self.max_len, head_dim), v.new_empty(B, H, self.max_len, head_dim)
+            self.buffers[layer] = [x.new_empty(B, H, self.max_len, head_dim) for x in (k, v)]
         end = self.length + T
         assert end <= self.max_len, f"{end} positions in a cache of {self.max_len}"
         keys, values = self.buffers[layer]
@@ -68,25 +68,15 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 def rope_turns(head_dim: int, length: int) -> torch.Tensor:
-    """(length, 1, head_dim / 2) complex: position t turns pair i of a head by t / 10000^(2i / head_dim)."""
+    """(length, 1, head_dim / 2): position t turns a head's pair i by the angle t / 10000^(2i / head_dim)."""
     frequencies = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(length).float(), frequencies)
     return torch.polar(torch.ones_like(angles), angles)[:, None]
 
 
 def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """RoPE: x (B, T, H, head_dim), neighbouring entries taken as one complex number; turns (T, 1, head_dim / 2)."""
+    """RoPE: x (B, T, H, head_dim) turned, neighbouring entries as one complex number."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
@@ -103,10 +93,10 @@ class Attention(nn.Module):
 
     def forward(self, x, turns, mask, layer, cache):
         B, T, _ = x.shape
-        q, k, v = (w(x).view(B, T, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))  # (B, T, H, hd)
-        q, k, v = rotate(q, turns).transpose(1, 2), rotate(k, turns).transpose(1, 2), v.transpose(1, 2)
+        q, k, v = (w(x).view(B, T, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (z.transpose(1, 2) for z in (rotate(q, turns), rotate(k, turns), v))  # (B, H, T, hd)
         if cache is not None:
-            k, v = cache.update(layer, k, v)                                                 # (B, H, S, hd)
+            k, v = cache.update(layer, k, v)                                            # (B, H, S, hd)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                            enable_gqa=q.shape[1] != k.shape[1])
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
@@ -130,8 +120,8 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(args)
         self.feed_forward = FeedForward(args.dim, hidden_dim)
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
 
     def forward(self, x, *position):
         x = x + self.attention(self.attention_norm(x), *position)
@@ -146,10 +136,11 @@ class Transformer(nn.Module):
         self.hidden_dim = args.hidden_dim or m * math.ceil(int(2 * 4 * args.dim / 3) / m)
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(Block(args, self.hidden_dim) for _ in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.output.weight = self.tok_embeddings.weight  # tied
-        self.register_buffer("turns", rope_turns(args.dim // args.n_heads, args.max_seq_len), persistent=False)
+        turns = rope_turns(args.dim // args.n_heads, args.max_seq_len)
+        self.register_buffer("turns", turns, persistent=False)
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.02 if name.startswith("tok_embeddings") else args.dim ** -0.5)
@@ -160,12 +151,13 @@ class Transformer(nn.Module):
         With a cache, tokens follow on those already in it, and are added to it.
         """
         start, T = cache.length if cache else 0, tokens.shape[1]
-        assert start + T <= self.args.max_seq_len, f"{start + T} tokens, but max_seq_len {self.args.max_seq_len}"
+        end, longest = start + T, self.args.max_seq_len
+        assert end <= longest, f"{end} tokens, but max_seq_len is {longest}"
         # is_causal aligns its mask top-left, which is wrong for several new tokens behind a filled cache
-        mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start) if start and T > 1 else None
+        mask = tokens.new_ones(T, end, dtype=torch.bool).tril(start) if start and T > 1 else None
         x = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, self.turns[start:start + T], mask, i, cache)
+            x = layer(x, self.turns[start:end], mask, i, cache)
         if cache:
             cache.length += T
         return self.output(self.norm(x))
@@ -175,8 +167,8 @@ class Transformer(nn.Module):
 # Sampling
 
 @torch.no_grad()
-def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-             generator: torch.Generator | None = None) -> torch.Tensor:
+def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
+             top_k: int | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
     """
     Continues prompt (B, P) to tokens (B, P + max_new_tokens); a row that has closed its story with BOS
     holds BOS from there on. Temperature 0 is greedy. Stops early once every story is closed.
@@ -201,8 +193,8 @@ def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: floa
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
             cumulative = logits.softmax(-1).cumsum(-1)
-            # scaled by the last entry, which rounding leaves near 1: u below it always has a token
-            pick = torch.searchsorted(cumulative, u[:, t:t + 1] * cumulative[:, -1:], right=True).squeeze(1)
+            # times the last entry, which rounding leaves near 1: then every u has its token
+            pick = torch.searchsorted(cumulative, u[:, t:t + 1] * cumulative[:, -1:], right=True)[:, 0]
         tokens[:, P + t] = torch.where(closed, BOS, pick)
         closed |= pick == BOS
         if closed.all():
@@ -215,34 +207,32 @@ def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: floa
 # Files
 
 def load(path: str, device: str = "cpu") -> Transformer:
-    """A checkpoint in llama2.c's layout: a dict with `model` (state dict) and `model_args`."""
-    return from_checkpoint(read_checkpoint(path, device), path).to(device)
-
-
-def read_checkpoint(path: str, device: str = "cpu") -> dict:
-    """The dict in a checkpoint file; tensors and plain data only, never code."""
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there: make it with `make data`, or name another checkpoint.") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as e:
-        raise UserError(f"{path} cannot be read as a checkpoint ({str(e).splitlines()[0][:80]}): "
-                        "it is cut short or is something else; fetch or make it again.") from None
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise UserError(f"{path} is not a llama2.c checkpoint: it lacks `model` or `model_args`.")
-    return checkpoint
-
-
-def from_checkpoint(checkpoint: dict, path: str) -> Transformer:
+    """The model in a checkpoint of llama2.c's layout."""
+    checkpoint = read_checkpoint(path, device)
     known = {f.name for f in fields(ModelArgs)}
     model = Transformer(ModelArgs(**{k: v for k, v in checkpoint["model_args"].items() if k in known}))
     # torch.compile leaves its prefix on the names
-    state = {name.removeprefix("_orig_mod."): weight for name, weight in checkpoint["model"].items()}
+    weights = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
     try:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(weights, strict=True)
     except RuntimeError as e:
-        raise UserError(f"{path}: the weights do not fit its model_args ({str(e).splitlines()[1].strip()[:120]}).") from None
-    return model
+        reason = str(e).splitlines()[1].strip()[:120]
+        raise UserError(f"{path}: the weights do not fit its model_args ({reason}).") from None
+    return model.to(device)
+
+
+def read_checkpoint(path: str, device: str = "cpu") -> dict:
+    """The dict in a checkpoint file, with `model` and `model_args`. Tensors and plain data, never code."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there: make it with `make data`, or name another.") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as e:
+        raise UserError(f"{path} cannot be read as a checkpoint ({str(e).splitlines()[0][:80]}): "
+                        "it is cut short or something else; make it again.") from None
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        raise UserError(f"{path} is not a llama2.c checkpoint: it lacks `model` or `model_args`.")
+    return checkpoint
 
 
 def save(model: Transformer, path: str, **more) -> None:

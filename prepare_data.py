@@ -1,7 +1,7 @@
 """
 Everything that puts files under data/.
 
-    python prepare_data.py toy          # the embedded world: its writer (sft.pt) and the preferences over its stories
+    python prepare_data.py toy          # the embedded world: its writer, and preferences over its stories
     python prepare_data.py tokenizer    # tokenizer.model, which is committed
 
 Each step is skipped when its output is there and was made from the same settings and inputs.
@@ -25,30 +25,34 @@ from evaluate import expert, load_tokenizer
 from model import BOS, ModelArgs, Transformer, cli, load, save
 
 # The toy world's writer: 189,632 parameters, and a pre-training that takes it to the grammar's entropy.
-WRITER = dict(dim=64, n_layers=3, n_heads=4, multiple_of=4, max_seq_len=128)
+VOCAB = 640
+WRITER = dict(dim=64, n_layers=3, n_heads=4, multiple_of=4, max_seq_len=128, vocab_size=VOCAB)
 PAIRS, RANKED, REF = range(100, 103)  # what stories are sampled for: keys of spo.rng
 
 
 def train_tokenizer(path: str) -> None:
-    """The toy world's BPE, learned from its own stories. No byte fallback: it has 640 pieces for few words."""
+    """The toy world's BPE, learned from its own stories; without byte fallback, most words are one piece."""
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=(toyworld.write_story(rng) for _ in range(20_000)), model_type="bpe", vocab_size=640,
-            model_prefix=f"{folder}/toy", normalization_rule_name="identity", minloglevel=2)
+            sentence_iterator=(toyworld.write_story(rng) for _ in range(20_000)), model_type="bpe",
+            vocab_size=VOCAB, model_prefix=f"{folder}/toy", normalization_rule_name="identity", minloglevel=2)
         shutil.copy(f"{folder}/toy.model", f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
 def make(path: str, maker, inputs: list[str], **settings) -> None:
-    """Has maker() make path, unless it is there, made from the same settings and inputs (noted in path.json)."""
-    note = settings | {os.path.basename(file): hashlib.sha256(open(file, "rb").read()).hexdigest() for file in inputs}
+    """Has maker(path, **settings) make path, unless the same settings and inputs made it, as path.json notes."""
+    note = dict(settings)
+    for file in inputs:
+        with open(file, "rb") as f:
+            note[os.path.basename(file)] = hashlib.sha256(f.read()).hexdigest()
     if os.path.exists(path) and os.path.exists(f"{path}.json"):
         with open(f"{path}.json") as f:
             if json.load(f) == note:
                 return
     print(f"making {path}", flush=True)
-    maker()
+    maker(path, **settings)
     with open(f"{path}.json.part", "w") as f:
         json.dump(note, f, indent=1)
     os.replace(f"{path}.json.part", f"{path}.json")
@@ -74,8 +78,8 @@ def sample_stories(model, n: int, s, purpose: int) -> torch.Tensor:
 
 def rank(stories: torch.Tensor, r: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """
-    stories (N, n, T) with rewards r (N, n), each row in an order drawn from the Plackett-Luce model, Eq. 3
-    (for n = 2 Bradley-Terry, Eq. 2; its first is the n-ary Bradley-Terry best): that of r plus Gumbel noise.
+    stories (N, n, T) with rewards r (N, n), each row in an order drawn from Eq. 3 (for n = 2, Eq. 2; the
+    first of it is Section 5's best of n): that of r plus Gumbel noise.
     """
     gumbel = -torch.rand(r.shape, generator=generator).log().neg().log()
     order = (r + gumbel).argsort(1, descending=True)
@@ -83,38 +87,39 @@ def rank(stories: torch.Tensor, r: torch.Tensor, generator: torch.Generator) -> 
 
 
 def toy(a) -> None:
-    """The embedded world: stories of the grammar, the writer they train, its own stories as the expert ranks them."""
+    """The embedded world: stories of the grammar, the writer they train, its stories as the expert ranks them."""
     os.makedirs(a.data, exist_ok=True)
-    at = lambda name: f"{a.data}/{name}"
-    s = spo.get_args(["--model", "toy", "--algo", "sft", "--data", a.data, "--init", at("init.pt"), "--out", at("sft"),
-                      "--tokenizer", a.tokenizer, "--seed", str(a.seed), "--steps", str(a.sft_steps), "--batch", "32",
-                      "--lr", "5e-3", "--lr_end", "0", "--log_every", "100", "--eval_every", "250"])
-    tokenizer = load_tokenizer(a.tokenizer, 640)
+    tokenizer = load_tokenizer(a.tokenizer, VOCAB)
+    s = spo.get_args(f"--algo sft --seed {a.seed} --steps {a.sft_steps} --batch 32 --lr 5e-3 --lr_end 0 "
+                     "--log_every 100 --eval_every 250".split()
+                     + ["--data", a.data, "--init", f"{a.data}/init.pt", "--out", f"{a.data}/sft",
+                        "--tokenizer", a.tokenizer])
 
-    def write(name, count, seed):
+    def write(path, n, seed):
         rng = random.Random(seed)
-        stories = tokenizer.encode([toyworld.write_story(rng) for _ in range(count)])
-        write_tokens(at(name), pad([torch.tensor([[BOS, *story, BOS]]) for story in stories])[:, None])
+        stories = tokenizer.encode([toyworld.write_story(rng) for _ in range(n)])
+        write_tokens(path, pad([torch.tensor([[[BOS, *story, BOS]]]) for story in stories]))
 
-    def pretrain():
-        torch.manual_seed(a.seed)
-        save(Transformer(ModelArgs(**WRITER, vocab_size=640)), at("init.pt"))
+    def pretrain(path, seed, steps, **args):
+        torch.manual_seed(seed)
+        save(Transformer(ModelArgs(**args)), s.init)
         spo.train(s)
-        save(load(at("sft/ckpt.pt")), at("sft.pt"))
+        save(load(f"{s.out}/ckpt.pt"), path)
 
-    def collect(name, count, n, purpose):
-        stories = sample_stories(load(at("sft.pt")), count * n, s, purpose)
-        r = expert(tokenizer.decode(stories.tolist())).view(count, n)
-        write_tokens(at(name), rank(stories.view(count, n, -1), r, spo.rng(a.seed, purpose)))
+    def collect(path, rows, n, seed, purpose):
+        stories = sample_stories(load(f"{a.data}/sft.pt"), rows * n, s, purpose)
+        r = expert(tokenizer.decode(stories.tolist())).view(rows, n)
+        write_tokens(path, rank(stories.view(rows, n, -1), r, spo.rng(seed, purpose)))
 
     world = [a.tokenizer, toyworld.__file__]
-    make(at("stories.npy"), lambda: write("stories.npy", a.stories, 2 * a.seed), world, seed=a.seed, n=a.stories)
-    make(at("heldout.npy"), lambda: write("heldout.npy", 1000, 2 * a.seed + 1), world, seed=a.seed)
-    make(at("sft.pt"), pretrain, [at("stories.npy")], seed=a.seed, steps=a.sft_steps, **WRITER)
-    for name, count, n, purpose in (("pairs", a.pairs, 2, PAIRS), ("ranked", a.pairs // 2, 4, RANKED), ("ref", a.ref, 1, REF)):
-        make(at(f"{name}.npy"), lambda: collect(f"{name}.npy", count, n, purpose), [at("sft.pt"), *world],
-             seed=a.seed, count=count, n=n)
-    print(f"{a.data}: the writer and its stories are ready; a perfect writer has {toyworld.entropy():.2f} nats a story")
+    make(f"{a.data}/stories.npy", write, world, n=a.stories, seed=2 * a.seed)
+    make(f"{a.data}/heldout.npy", write, world, n=1000, seed=2 * a.seed + 1)
+    make(f"{a.data}/sft.pt", pretrain, [f"{a.data}/stories.npy"], seed=a.seed, steps=a.sft_steps, **WRITER)
+    for name, rows, n, purpose in (("pairs", a.pairs, 2, PAIRS), ("ranked", a.pairs // 2, 4, RANKED),
+                                   ("ref", a.ref, 1, REF)):
+        make(f"{a.data}/{name}.npy", collect, [f"{a.data}/sft.pt", *world], rows=rows, n=n, seed=a.seed,
+             purpose=purpose)
+    print(f"{a.data} is ready; a perfect writer would have {toyworld.entropy():.2f} nats a story")
 
 
 def main(argv=None) -> None:
@@ -122,11 +127,11 @@ def main(argv=None) -> None:
     p.add_argument("what", choices=("toy", "tokenizer"))
     p.add_argument("--data", default="data/toy", help="folder the files go to")
     p.add_argument("--tokenizer", default="tokenizer.model")
-    p.add_argument("--seed", type=int, default=0, help="of the grammar's stories, the training and the sampling")
+    p.add_argument("--seed", type=int, default=0, help="of the stories, the training and the sampling")
     p.add_argument("--stories", type=int, default=20_000, help="stories of the grammar to learn from")
     p.add_argument("--sft_steps", type=int, default=1000, help="steps of pre-training")
-    p.add_argument("--ref", type=int, default=2000, help="stories of the writer to compare with, and for SLiC-HF")
     p.add_argument("--pairs", type=int, default=4000, help="pairs; half as many rows of four ranked stories")
+    p.add_argument("--ref", type=int, default=2000, help="stories of the writer, to compare with and for SLiC-HF")
     a = p.parse_args(argv)
     train_tokenizer(a.tokenizer) if a.what == "tokenizer" else toy(a)
 

@@ -1,24 +1,26 @@
 """
-Soft Preference Optimization (Sharifnassab et al., arXiv 2405.00747), and the methods it is compared with.
+Soft Preference Optimization (arXiv 2405.00747), and the methods the paper compares it with.
 
-Read from top to bottom it follows the paper: the probability of a story, one function an equation for the
-losses, the token-wise KL on intermittent rollouts, and the loop that adds them up. Equation numbers are
-the paper's. The losses need nothing but torch: copy the one you want.
+Read from top to bottom it follows the paper: the probability of a story, one function an equation for
+the losses, the token-wise KL on intermittent rollouts, and the loop that adds them up. Equation numbers
+are the paper's. The losses need nothing but torch: copy the one you want.
 
     python spo.py --algo spo --alpha 0.01
 """
 import argparse
+import itertools
 import json
 import math
 import os
 import signal
+import textwrap
 import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from evaluate import expert, load_tokenizer, load_tokens, win_rate
+from evaluate import expert, load_tokenizer, load_tokens, peak, read_log, win_rate
 from model import BOS, UserError, cli, generate, load, read_checkpoint, save
 
 # ---------------------------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ def pair_weight(logp_w, logp_l, gamma):
 def best_of_n_loss(logp, best, alpha, mu=None):
     """
     Eq. 14: -1/alpha log(pi_best^alpha / sum_i pi_i^alpha) -> (B,), for logp (B, n), best (B,) the index
-    of the best one, mu (B,). The paper has alpha > 0; at 0 this is the limit, less its log(n)/alpha.
+    of the best, mu (B,). The paper has alpha > 0; at 0 this is the limit, less log(n)/alpha.
     """
     logp_best = logp.gather(1, best[:, None]).squeeze(1)
     loss = (alpha * logp).logsumexp(1) / alpha - logp_best if alpha > 0 else logp.mean(1) - logp_best
@@ -112,13 +114,15 @@ def slic_loss(logp_w, logp_l, delta):
 
 
 # algorithm: (its loss of logp (B, n), best first, and ref (B, n); the token file it learns from; the
-# settings that not all read, with the toy world's defaults, which are ours and measured there). Whoever
-# reads R is regularised by the token KL on R rollouts, taken every k steps.
+# settings that not all read, with defaults that are ours, measured on the toy world). Whoever reads R
+# is regularised by the token KL on R rollouts, taken every k steps.
 LOSSES = {
-    "spo": (lambda s, logp, ref: spo_loss(logp[:, 0], logp[:, 1], s.alpha,
-                                          pair_weight(logp[:, 0], logp[:, 1], s.gamma) if s.gamma else None),
+    "spo": (lambda s, logp, ref: spo_loss(
+                logp[:, 0], logp[:, 1], s.alpha,
+                pair_weight(logp[:, 0], logp[:, 1], s.gamma) if s.gamma > 0 else None),
             "pairs", dict(alpha=0.01, beta=0.05, gamma=0.0, R=8, k=8)),
-    "best_of_n": (lambda s, logp, ref: best_of_n_loss(logp, torch.zeros_like(logp[:, 0], dtype=torch.long), s.alpha),
+    "best_of_n": (lambda s, logp, ref: best_of_n_loss(
+                      logp, torch.zeros(len(logp), dtype=torch.long, device=logp.device), s.alpha),
                   "ranked", dict(alpha=0.01, beta=0.05, R=8, k=8)),
     "ranked": (lambda s, logp, ref: ranked_loss(logp, s.alpha),
                "ranked", dict(alpha=0.01, beta=0.05, R=8, k=8)),
@@ -173,7 +177,7 @@ def trim(tokens):
 
 
 def batch_rows(n, s, purpose, step):
-    """The rows of one step's batch out of n: a fresh permutation each pass, whose remainder is left out."""
+    """The rows, out of n, of a step's batch: a fresh permutation each pass, its remainder left out."""
     one_pass, i = divmod(step, n // s.batch)
     return torch.randperm(n, generator=rng(s.seed, purpose, one_pass))[i * s.batch:(i + 1) * s.batch]
 
@@ -186,8 +190,8 @@ def get_stories(data, rows, s):
 @torch.no_grad()
 def data_logp(model, data, s):
     """
-    log pi of all the data -> (N, n). In the batches of training's first pass, so that the shapes and with
-    them the roundings are those of training: at step 0 Eq. 5's margins against the reference are exactly 0.
+    log pi of all the data -> (N, n). In the batches of training's first pass, so in the same shapes and
+    with the same roundings: at step 0 Eq. 5's margins against the reference are exactly 0.
     """
     logp = torch.empty(data.shape[:2], device=s.device)
     for rows in torch.randperm(len(data), generator=rng(s.seed, BATCH, 0)).split(s.batch):
@@ -200,10 +204,11 @@ def data_logp(model, data, s):
 # Settings: one line a flag; the defaults live in LOSSES (per algorithm) and here (per model).
 
 MODELS = {
-    "toy": dict(batch=16, steps=500, warmup=50, lr=3e-4, max_new=100, eval_every=50, eval_stories=256),
+    "toy": dict(batch=16, steps=500, warmup=50, lr=2e-4, max_new=100, eval_every=50, eval_stories=256),
 }
-# E.2's settings, but for lr, which the paper does not give: ours, not yet measured
-PAPER = dict(batch=128, steps=40_000, warmup=5_000, lr=1e-5, max_new=255, eval_every=1_000, eval_stories=1_000, R=32)
+# E.2's, but for lr, which the paper does not give: ours, and not measured yet
+PAPER = dict(batch=128, steps=40_000, warmup=5_000, lr=1e-5, max_new=255, eval_every=1_000,
+             eval_stories=1_000, R=32)
 MODELS |= dict.fromkeys(("stories260K", "stories15M", "stories42M", "stories110M"), PAPER)
 
 
@@ -212,28 +217,27 @@ def get_args(argv=None) -> argparse.Namespace:
     def error(message):
         raise UserError(f"{message} (see python spo.py --help).")
 
-    p = argparse.ArgumentParser(description="SPO (arXiv 2405.00747), DPO, IPO, SLiC-HF: align a story writer.",
-                                argument_default=argparse.SUPPRESS)
+    p = argparse.ArgumentParser(argument_default=argparse.SUPPRESS,
+                                description="Align a story writer by SPO (arXiv 2405.00747), DPO, IPO or SLiC-HF.")
     p.error = error
-    p.add_argument("--algo", choices=LOSSES, default="spo", help="the preference loss; sft: plain likelihood")
-    p.add_argument("--alpha", type=float, help="alpha, softness: the target is softmax(r / alpha)")
-    p.add_argument("--beta", type=float, help="beta, weight of the regulariser (DPO: Eq. 5's; IPO: its tau)")
-    p.add_argument("--gamma", type=float, help="gamma, exponent of the pair weight mu of Section 4; 0: unweighted")
-    p.add_argument("--delta", type=float, help="delta, SLiC-HF's margin")
-    p.add_argument("--R", type=int, help="R, stories in a rollout")
-    p.add_argument("--k", type=int, help="k, steps a rollout is used for")
+    p.add_argument("--algo", choices=LOSSES, default="spo", help="the loss; sft: plain likelihood")
+    p.add_argument("--alpha", type=float, help="softness: the target is softmax(r / alpha)")
+    p.add_argument("--beta", type=float, help="weight of the regulariser; DPO: Eq. 5's; IPO: its tau")
+    p.add_argument("--gamma", type=float, help="exponent of Section 4's pair weight mu; 0: unweighted")
+    p.add_argument("--delta", type=float, help="SLiC-HF's margin")
+    p.add_argument("--R", type=int, help="stories in a rollout")
+    p.add_argument("--k", type=int, help="steps a rollout is used for")
     p.add_argument("--model", choices=MODELS, default="toy", help="whose defaults, and files under data/")
-    p.add_argument("--data", help="folder of sft.pt and the token files; default data/<model>")
-    p.add_argument("--init", help="checkpoint to start from, and the reference; default <data>/sft.pt")
+    p.add_argument("--data", help="folder of sft.pt and token files; default data/<model>")
+    p.add_argument("--init", help="start and reference; default <data>/sft.pt")
     p.add_argument("--tokenizer", help="the checkpoint's own; default tokenizer.model")
-    p.add_argument("--out", help="folder of this run; default out/<model>-<algo>-<its settings>")
-    p.add_argument("--seed", type=int, default=0, help="of the batches, the rollouts and the evaluations")
+    p.add_argument("--out", help="the run's folder; default out/<model>-<algo>-<settings>")
+    p.add_argument("--seed", type=int, default=0, help="of batches, rollouts and evaluations")
     p.add_argument("--steps", type=int, help="how many")
     p.add_argument("--batch", type=int, help="rows of the preference data a step")
     p.add_argument("--lr", type=float, help="AdamW's learning rate after warm-up")
-    p.add_argument("--lr_end", type=float, default=1.0, help="its cosine's end, as a share of lr; 1: constant")
+    p.add_argument("--lr_end", type=float, default=1.0, help="share of lr a cosine ends at; 1: constant")
     p.add_argument("--warmup", type=int, help="steps of linear warm-up")
-    p.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     p.add_argument("--max_new", type=int, help="longest story, in tokens; a longer one is cut")
     p.add_argument("--eval_every", type=int, help="steps between evaluations")
     p.add_argument("--eval_stories", type=int, help="fresh stories an evaluation")
@@ -243,14 +247,15 @@ def get_args(argv=None) -> argparse.Namespace:
     s = p.parse_args(argv)
 
     reads = LOSSES[s.algo][2]
-    for name in {name for _, _, settings in LOSSES.values() for name in settings} - reads.keys():
-        if name in s:
-            error(f"--{name} is a setting that {s.algo} does not read: it reads {', '.join(reads) or 'none'}")
+    unread = {name for _, _, settings in LOSSES.values() for name in settings} - reads.keys()
+    for name in unread & vars(s).keys():
+        error(f"--{name} is not read by {s.algo}, which reads {', '.join(reads) or 'none of these'}")
     for name, default in (reads | MODELS[s.model]).items():
-        if name not in s and (name in reads or name != "R"):
-            setattr(s, name, default)
-    for name, low in dict(alpha=0, beta=0, gamma=0, delta=0, R=1, k=1, seed=0, steps=1, batch=1, lr=0, lr_end=0, warmup=0,
-                          clip=0, max_new=1, eval_every=1, eval_stories=2, log_every=1).items():
+        if name not in unread:
+            setattr(s, name, getattr(s, name, default))
+    lowest = dict(alpha=0, beta=0, gamma=0, delta=0, lr=0, lr_end=0, seed=0, warmup=0, R=1, k=1,
+                  steps=1, batch=1, max_new=1, eval_every=1, eval_stories=2, log_every=1)
+    for name, low in lowest.items():
         if not low <= getattr(s, name, low) < math.inf:
             error(f"--{name} is {getattr(s, name)}: it must be a number from {low} on")
     if s.algo == "ipo" and s.beta == 0:
@@ -277,8 +282,8 @@ def learning_rate(s, step):
 @torch.no_grad()
 def evaluate(policy, ref, tokenizer, r_ref, s, step) -> dict:
     """
-    Fresh stories of the policy: the win-rate against the reference's (rewards r_ref), mean reward, and in
-    nats a story the KL to the reference and the entropy; length in tokens; share that ended by themselves.
+    Fresh stories of the policy: win-rate against the reference's, whose rewards are r_ref; mean reward;
+    KL to the reference and entropy, in nats a story; length in tokens; share that ended by themselves.
     """
     y = sample(policy, s.eval_stories, s, (EVAL, step))
     mask = story_mask(y)[:, 1:]
@@ -297,29 +302,29 @@ def evaluate(policy, ref, tokenizer, r_ref, s, step) -> dict:
 
 
 def begin(s):
-    """Makes the folder of a run -> first step, rollout. An earlier run of that name moves aside: nothing is lost."""
+    """Makes a run's folder -> first step, no rollout. An earlier run of that name moves aside."""
     try:
         if os.path.exists(f"{s.out}/log.jsonl"):
-            aside = next(f"{s.out}.{i}" for i in range(1, 10**6) if not os.path.exists(f"{s.out}.{i}"))
+            aside = next(a for i in itertools.count(1) if not os.path.exists(a := f"{s.out}.{i}"))
             os.rename(s.out, aside)
             print(f"the earlier run in {s.out} is now in {aside}")
         os.makedirs(s.out, exist_ok=True)
     except OSError as e:
-        raise UserError(f"{s.out} cannot be written ({e.strerror}): name another folder with --out.") from None
+        raise UserError(f"{s.out} cannot be written ({e.strerror}): name another with --out.") from None
     return 0, None
 
 
 def take_up(s, optimizer):
-    """Goes on from a run's checkpoint -> its step, its rollout; cuts the log back to there."""
+    """Goes on from a run's checkpoint -> its step, its rollout; the log is cut back to there."""
     checkpoint = read_checkpoint(f"{s.out}/ckpt.pt", s.device)
     for name, value in checkpoint["settings"].items():
         if name not in ("resume", "steps", "log_every", "device") and getattr(s, name) != value:
-            raise UserError(f"{s.out} was begun with --{name} {value}, not {getattr(s, name)}: resume with the same.")
+            raise UserError(f"{s.out} was begun with --{name} {value}, not {getattr(s, name)}: "
+                            "resume with the same.")
     optimizer.load_state_dict(checkpoint["optimizer"])
-    with open(f"{s.out}/log.jsonl") as f:
-        kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= checkpoint["step"]]
+    kept = [r for r in read_log(s.out) if r["step"] <= checkpoint["step"]]
     with open(f"{s.out}/log.jsonl.part", "w") as f:
-        f.writelines(kept)
+        f.writelines(json.dumps(r) + "\n" for r in kept)
     os.replace(f"{s.out}/log.jsonl.part", f"{s.out}/log.jsonl")
     return checkpoint["step"], checkpoint["rollout"]
 
@@ -327,10 +332,11 @@ def take_up(s, optimizer):
 def record(s, **r):
     """Adds a line to the run's log and shows it, in at most 80 characters."""
     with open(f"{s.out}/log.jsonl", "a") as f:
-        f.write(json.dumps({name: None if value != value else value for name, value in r.items()}) + "\n")
+        f.write(json.dumps({k: None if v != v else v for k, v in r.items()}) + "\n")  # JSON has no NaN
     if "loss" in r:
-        print("{step:6d} {loss:8.3f} {pref:8.3f} {kl:6.2f} {margin:7.2f} {accuracy:5.2f} {lr:8.1e} {ms:6.1f} "
-              "{tokens_s:6.0f}".format(**r), f"{int(r['left'] // 60):3d}:{int(r['left'] % 60):02d}", flush=True)
+        print("{step:6d} {loss:8.3f} {pref:8.3f} {kl:6.2f} {margin:7.2f} {accuracy:5.2f} {lr:8.1e} "
+              "{ms:6.1f} {tokens_s:6.0f}".format(**r), "{:3.0f}:{:02.0f}".format(*divmod(r["left"], 60)),
+              flush=True)
     elif "win" in r:
         print("@{step} win {win:.3f}±{win_se:.3f} reward {reward:.2f} kl {kl:.2f} entropy {entropy:.1f} "
               "length {length:.0f} closed {closed:.2f}".format(**r), flush=True)
@@ -338,115 +344,106 @@ def record(s, **r):
         print("@{step} {nats:.2f} nats a held-out story".format(**r), flush=True)
 
 
-def stop_on_interrupt() -> list:
-    """Ctrl-C fills the list, and the step is finished; a second one leaves at once."""
-    stop = []
-
-    def handler(*_):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        stop.append(True)
-
-    signal.signal(signal.SIGINT, handler)
-    return stop
+TERMS = ("loss", "pref", "kl", "margin", "accuracy")
 
 
 def train(s):
     """Minimises Eq. 1 from s.init, which is the reference too, on the data in s.data."""
     loss_of, file, reads = LOSSES[s.algo]
-    uses_kl, uses_nll = "R" in reads and s.beta > 0, s.algo == "slic" and s.beta > 0
     # everything is read before anything is written
     ref = load(s.init, s.device).requires_grad_(False)
     policy = load(f"{s.out}/ckpt.pt" if s.resume else s.init, s.device)
-    V = policy.args.vocab_size
-    tokenizer = load_tokenizer(s.tokenizer, V)
-    data = load_tokens(f"{s.data}/{file}.npy", V)                                           # (N, n, T)
-    others = load_tokens(f"{s.data}/{'heldout' if s.algo == 'sft' else 'ref'}.npy", V)      # (M, 1, T)
+    tokenizer = load_tokenizer(s.tokenizer, policy.args.vocab_size)
+    data = load_tokens(f"{s.data}/{file}.npy", policy.args.vocab_size)                  # (N, n, T)
+    others = load_tokens(f"{s.data}/{'heldout' if s.algo == 'sft' else 'ref'}.npy",
+                         policy.args.vocab_size)                                        # (M, 1, T)
     if min(len(data), len(others)) < s.batch:
-        raise UserError(f"--batch is {s.batch}, but {s.data} has {len(data)} rows and {len(others)} stories.")
+        raise UserError(f"--batch is {s.batch}, but {s.data} has {len(data)} rows, {len(others)} stories.")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.lr, betas=(0.9, 0.95), fused=True)
-    first, y_kl = take_up(s, optimizer) if s.resume else begin(s)
-    print(" ".join(f"{name}={value}" for name, value in vars(s).items()))
+    step, y_kl = take_up(s, optimizer) if s.resume else begin(s)
+    print(textwrap.fill(" ".join(f"{name}={value}" for name, value in vars(s).items()), 80))
 
     ref_logp = data_logp(ref, data, s) if s.algo in ("dpo", "ipo") else torch.zeros(data.shape[:2])
-    r_ref = None if s.algo == "sft" else expert(tokenizer.decode(others[:, 0].tolist()))    # (M,)
-    stop, began = stop_on_interrupt(), time.perf_counter()
-    window, tokens, spent = [], 0, 0.0
+    r_ref = None if s.algo == "sft" else expert(tokenizer.decode(others[:, 0].tolist()))   # (M,)
+    first, began, window, stop = step, time.perf_counter(), [], []
+    # Ctrl-C: the first finishes the step and saves, the second leaves at once
+    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     print("  step     loss     pref     kl  margin   acc       lr     ms  tok/s   left")
-    for step in range(first, s.steps + 1):
-        # evaluate and save, before the first step and after the last one too
-        due = step % s.eval_every == 0 or step == s.steps
-        if due and (step > first or step == 0):
-            if s.algo == "sft":
-                record(s, step=step, nats=-data_logp(policy, others, s).mean().item())
-            else:
-                record(s, step=step, **evaluate(policy, ref, tokenizer, r_ref, s, step))
-                if peak(s.out)["step"] == step:
-                    save(policy, f"{s.out}/best.pt")
-        if due or stop:
-            save(policy, f"{s.out}/ckpt.pt", optimizer=optimizer.state_dict(), step=step, rollout=y_kl,
-                 settings=vars(s))
-        if stop:
-            print(f"stopped and saved at step {step}: the same command with RESUME=1 (--resume) goes on from here")
-            raise KeyboardInterrupt
-        if step == s.steps:
-            break
+    if step == 0:
+        measure(policy, ref, tokenizer, others, r_ref, s, 0)
+    while step < s.steps and not stop:
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, step)
 
         # 1. every k steps, R fresh stories of the current model; the reference reads them once
-        if uses_kl and step % s.k == 0:
-            y_kl = sample(policy, s.R, s, (ROLLOUT, step))                                  # (R, T)
-        if uses_kl and (step % s.k == 0 or step == first):
+        if "R" in reads and s.beta > 0 and (step % s.k == 0 or step == first):
+            if step % s.k == 0:
+                y_kl = sample(policy, s.R, s, (ROLLOUT, step))                          # (R, T)
             with torch.no_grad():
-                ref_logits = ref(y_kl[:, :-1])                                              # (R, T-1, V)
+                ref_logits = ref(y_kl[:, :-1])                                          # (R, T-1, V)
 
         # 2. log pi_theta of the batch's responses, all in one forward
         rows = batch_rows(len(data), s, BATCH, step)
-        y = get_stories(data, rows, s)
-        logp = seq_logp(policy, y, story_mask(y)).view(s.batch, -1)                         # (B, n)
+        y = get_stories(data, rows, s)                                                  # (B * n, T)
+        logp = seq_logp(policy, y, story_mask(y)).view(s.batch, -1)                     # (B, n)
 
         # 3. Eq. 1: preference loss + beta * regulariser
         loss = pref = loss_of(s, logp, ref_logp[rows]).mean()
-        kl = torch.tensor(math.nan)
-        if uses_kl:
+        kl = torch.full_like(pref, math.nan)
+        if "R" in reads and s.beta > 0:
             kl = token_kl(policy(y_kl[:, :-1]), ref_logits, story_mask(y_kl)[:, 1:]).mean()
             loss = pref + s.beta * kl
-        elif uses_nll:
+        elif s.algo == "slic":
             y_ref = get_stories(others, batch_rows(len(others), s, SLIC, step), s)
             loss = pref - s.beta * seq_logp(policy, y_ref, story_mask(y_ref)).mean()
 
         # 4. AdamW on the clipped gradient
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), s.clip)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
+        step += 1
 
-        # log, the mean of the steps since the last line
-        margin = logp[:, 0] - logp[:, 1:].amax(1) if logp.shape[1] > 1 else torch.full_like(logp[:, 0], math.nan)
-        window.append(torch.stack((loss, pref, kl, margin.mean(), (margin > 0).float().mean())).detach())
-        tokens, spent = tokens + y.numel(), spent + time.perf_counter() - started
-        if step == 0 or (step + 1) % s.log_every == 0:
-            means = torch.stack(window).mean(0).tolist()
-            record(s, step=step + 1, **dict(zip(("loss", "pref", "kl", "margin", "accuracy"), means)),
-                   lr=learning_rate(s, step), ms=1e3 * spent / len(window), tokens_s=tokens / spent,
-                   left=(time.perf_counter() - began) / (step + 1 - first) * (s.steps - step - 1))
-            window, tokens, spent = [], 0, 0.0
+        # 5. log the mean of the steps since the last line; evaluate; save
+        margin = logp[:, 0] - logp[:, 1:].amax(1) if logp.shape[1] > 1 else logp[:, 0] * math.nan
+        terms = torch.stack((loss, pref, kl, margin.mean(), (margin > 0).float().mean())).detach()
+        window.append((terms, y.numel(), time.perf_counter() - started))
+        if step == 1 or step % s.log_every == 0:
+            terms, tokens, seconds = zip(*window)
+            record(s, step=step, **dict(zip(TERMS, torch.stack(terms).mean(0).tolist())),
+                   lr=learning_rate(s, step - 1), ms=1e3 * sum(seconds) / len(window),
+                   tokens_s=sum(tokens) / sum(seconds),
+                   left=(time.perf_counter() - began) / (step - first) * (s.steps - step))
+            window = []
+        if due := step % s.eval_every == 0 or step == s.steps:
+            measure(policy, ref, tokenizer, others, r_ref, s, step)
+        if due or stop:
+            save(policy, f"{s.out}/ckpt.pt", optimizer=optimizer.state_dict(), step=step, rollout=y_kl,
+                 settings=vars(s))
+    if step < s.steps:
+        print(f"stopped, and saved at step {step}: the same command with RESUME=1 (--resume) goes on")
+        raise KeyboardInterrupt
     if s.algo != "sft":
         report(policy, ref, tokenizer, s)
 
 
-def peak(out):
-    """The evaluation with the highest win-rate of the run in folder out."""
-    with open(f"{out}/log.jsonl") as f:
-        return max((r for r in map(json.loads, f) if "win" in r), key=lambda r: r["win"])
+def measure(policy, ref, tokenizer, others, r_ref, s, step):
+    """Evaluates and records; keeps the model with the highest win-rate so far in best.pt."""
+    if s.algo == "sft":
+        record(s, step=step, nats=-data_logp(policy, others, s).mean().item())
+        return
+    record(s, step=step, **evaluate(policy, ref, tokenizer, r_ref, s, step))
+    if peak(s.out)["step"] == step:
+        save(policy, f"{s.out}/best.pt")
 
 
 def report(policy, ref, tokenizer, s):
     """The peak, and three stories before and after, drawn with the same random numbers."""
-    print("peak win-rate {win:.3f} ± {win_se:.3f} at step {step}, kl {kl:.2f}".format(**peak(s.out)))
+    print("peak win-rate {win:.3f} ± {win_se:.3f} at step {step}, kl {kl:.2f}\n".format(**peak(s.out)))
     pairs = zip(*(tokenizer.decode(sample(model, 3, s, (SHOW,)).tolist()) for model in (ref, policy)))
-    text = "".join(f"before: {before}\nafter:  {after}\n\n" for before, after in pairs)
+    text = "".join(textwrap.fill(f"{when}: {story}", 80, subsequent_indent="        ") + "\n"
+                   for pair in pairs for when, story in zip(("before", " after"), pair))
     with open(f"{s.out}/stories.txt", "w") as f:
         f.write(text)
     print(text, end="")

@@ -674,9 +674,9 @@ def test_data_are_made_once_and_anew_when_settings_change(world, tmp_path, capsy
 
 @pytest.mark.parametrize("flags, words", [
     ("--algo ppo", "ppo"),
-    ("--delta 1", "delta is a setting that spo does not read"),
-    ("--algo dpo --alpha 0.1", "alpha is a setting that dpo does not read"),
-    ("--algo sft --beta 1", "beta is a setting that sft does not read"),
+    ("--delta 1", "delta is not read by spo"),
+    ("--algo dpo --alpha 0.1", "alpha is not read by dpo"),
+    ("--algo sft --beta 1", "beta is not read by sft"),
     ("--alpha -1", "alpha is -1"), ("--alpha nan", "alpha is nan"), ("--beta -0.1", "beta is -0.1"),
     ("--algo ipo --beta 0", "beta is 0"), ("--R 0", "R is 0"), ("--k 0", "k is 0"), ("--steps ten", "steps"),
     ("--batch 100", "--batch is 100"), ("--nonsense 1", "nonsense"),

@@ -90,7 +90,8 @@ def entropy() -> float:
             for name, (plain, rich) in SLOTS.items()}
     total = math.log(len(GIRLS + BOYS)) + slot["thing"]
     for _, chance, templates in STAGES:
-        free = sum(slot.get(name, 0.0) for t in templates for name in re.findall(r"{(\w+)}", t) if name != "thing")
+        free = sum(slot[name] for t in templates for name in re.findall(r"{(\w+)}", t)
+                   if name in SLOTS and name != "thing")
         total += nats(chance, 1 - chance) + chance * (math.log(len(templates)) + free / len(templates))
     return total
 
@@ -102,11 +103,11 @@ def _pattern(template: str) -> re.Pattern:
     """A template as a regular expression; the words that must agree through a story are named groups."""
     words = {name: plain + rich for name, (plain, rich) in SLOTS.items()}
     words |= dict(hero=GIRLS + BOYS, child=["girl", "boy"], He=["She", "He"], him=["her", "him"])
-    parts = re.split(r"{(\w+)}", template)  # text, slot, text, slot, ..., text
-    parts[0::2] = [re.escape(text) for text in parts[0::2]]
-    parts[1::2] = [f"(?{'P<' + name + '>' if name == 'thing' or name not in SLOTS else ':'}{'|'.join(words[name])})"
-                   for name in parts[1::2]]
-    return re.compile("".join(parts))
+    pattern = ""
+    for text, name in re.findall(r"([^{]*)(?:{(\w+)})?", template):
+        agrees = f"?P<{name}>" if name == "thing" or name not in SLOTS else "?:"
+        pattern += re.escape(text) + (f"({agrees}{'|'.join(words[name])})" if name else "")
+    return re.compile(pattern)
 
 
 _PATTERNS = [(stage, _pattern(t)) for stage, (_, _, templates) in enumerate(STAGES) for t in templates]
@@ -122,7 +123,7 @@ def parse(story: str) -> list[tuple[str, int | None, dict[str, str]]]:
 
 
 def in_grammar(story: str) -> bool:
-    """Could the grammar have written this? Right stages in the right order, one hero and thing throughout."""
+    """Could the grammar have written this? The right stages in order, one hero and thing throughout."""
     parsed = parse(story)
     stages = [stage for _, stage, _ in parsed]
     if None in stages or stages != sorted(set(stages)):
