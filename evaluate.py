@@ -5,31 +5,31 @@ against its reference.
 import json
 import os
 
-import numpy as np
-import sentencepiece
 import torch
 
 import toyworld
 from model import UserError
 
 
-def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
+def load_tokenizer(path: str, vocab_size: int):
     """The sentencepiece model at path, which must be the one of a checkpoint with vocab_size tokens."""
+    import sentencepiece  # here, and numpy below: spo's losses are to be imported with nothing but torch
     if not os.path.exists(path):
         raise UserError(f"{path} is not there: name the checkpoint's own tokenizer with --tokenizer.")
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
         tokenizer.Load(path)
     except (RuntimeError, OSError):
-        raise UserError(f"{path} is not a sentencepiece model: name the checkpoint's own tokenizer.") from None
+        raise UserError(f"{path} is not a sentencepiece model: name the checkpoint's own.") from None
     if tokenizer.vocab_size() != vocab_size:
         raise UserError(f"{path} has {tokenizer.vocab_size()} tokens but the checkpoint {vocab_size}: "
                         "name the checkpoint's own tokenizer with --tokenizer.")
     return tokenizer
 
 
-def load_tokens(path: str, vocab_size: int) -> np.ndarray:
+def load_tokens(path: str, vocab_size: int):
     """A token file: uint16 (N, n, T), n responses a row, best first; each BOS, a story, BOS to the end."""
+    import numpy as np
     try:
         data = np.load(path, mmap_mode="r")
     except FileNotFoundError:
@@ -60,7 +60,7 @@ def win_rate(r: torch.Tensor, r_ref: torch.Tensor) -> tuple[float, float]:
 def read_log(out: str) -> list[dict]:
     """The records of the run in folder out: each has a step, and the loss or an evaluation after it."""
     with open(f"{out}/log.jsonl") as f:
-        return [json.loads(line) for line in f if line.endswith("\n")]  # a killed run may end in half a line
+        return [json.loads(line) for line in f if line.endswith("\n")]  # a killed run leaves half a line
 
 
 def peak(out: str) -> dict:

@@ -36,7 +36,8 @@ def train_tokenizer(path: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=(toyworld.write_story(rng) for _ in range(20_000)), model_type="bpe",
-            vocab_size=VOCAB, model_prefix=f"{folder}/toy", normalization_rule_name="identity", minloglevel=2)
+            vocab_size=VOCAB, character_coverage=1.0, normalization_rule_name="identity",
+            model_prefix=f"{folder}/toy", minloglevel=2)
         shutil.copy(f"{folder}/toy.model", f"{path}.part")
     os.replace(f"{path}.part", path)
 

@@ -8,6 +8,7 @@ are the paper's. The losses need nothing but torch: copy the one you want.
     python spo.py --algo spo --alpha 0.01
 """
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -16,7 +17,6 @@ import signal
 import textwrap
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -162,7 +162,7 @@ BATCH, SLIC, ROLLOUT, EVAL, SHOW = range(5)
 
 
 def rng(*key: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    return torch.Generator().manual_seed(int(hashlib.sha256(repr(key).encode()).hexdigest()[:15], 16))
 
 
 def sample(model, n, s, key):
@@ -184,7 +184,7 @@ def batch_rows(n, s, purpose, step):
 
 def get_stories(data, rows, s):
     """Rows of a token file (N, n, T) -> tokens (B * n, T'), a row's n responses next to each other."""
-    return trim(torch.from_numpy(data[rows.numpy()].astype(np.int64)).flatten(0, 1).to(s.device))
+    return trim(torch.from_numpy(data[rows.numpy()].astype("int64")).flatten(0, 1).to(s.device))
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -26,8 +25,9 @@ import spo
 import toyworld
 from model import BOS, KVCache, ModelArgs, Transformer, generate
 
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
 HERE = os.path.dirname(os.path.abspath(__file__))
-torch.set_default_dtype(torch.float32)
 
 # ---------------------------------------------------------------------------------------------------
 # The theory. A tabular model of one x and five responses: theta (5,), log pi = log_softmax(theta).
@@ -251,6 +251,11 @@ def test_loss_identities():
     assert gap(1e-4) < 1e-2 and gap(1e-5) < 0.11 * gap(1e-4)  # first order in alpha
     limit = spo.best_of_n_loss(logps, best, 1e-6) - math.log(4) / 1e-6
     assert torch.allclose(limit, spo.best_of_n_loss(logps, best, 0.0), atol=1e-3)
+
+
+def test_losses_import_with_nothing_but_torch():
+    program = "import sys; sys.modules |= dict(numpy=None, sentencepiece=None); from spo import spo_loss, token_kl, seq_logp"
+    assert subprocess.run([sys.executable, "-c", program], cwd=HERE, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def test_pair_weight_is_symmetric_positive_without_gradient():
