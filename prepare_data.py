@@ -104,7 +104,9 @@ def toy(a) -> None:
     def pretrain(path, seed, steps, **args):
         torch.manual_seed(seed)
         save(Transformer(ModelArgs(**args)), s.init)
-        spo.train(s)
+        shutil.rmtree(s.out, ignore_errors=True)  # it takes a minute: an interrupted one begins anew
+        if spo.train(s) < steps:
+            raise KeyboardInterrupt
         save(load(f"{s.out}/ckpt.pt"), path)
 
     def collect(path, rows, n, seed, purpose):

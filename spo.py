@@ -123,9 +123,9 @@ LOSSES = {
             "pairs", dict(alpha=0.01, beta=0.05, gamma=0.0, R=8, k=8)),
     "best_of_n": (lambda s, logp, ref: best_of_n_loss(
                       logp, torch.zeros(len(logp), dtype=torch.long, device=logp.device), s.alpha),
-                  "ranked", dict(alpha=0.01, beta=0.05, R=8, k=8)),
+                  "ranked", dict(alpha=0.01, beta=0.1, R=8, k=8)),
     "ranked": (lambda s, logp, ref: ranked_loss(logp, s.alpha),
-               "ranked", dict(alpha=0.01, beta=0.05, R=8, k=8)),
+               "ranked", dict(alpha=0.01, beta=0.1, R=8, k=8)),
     "dpo": (lambda s, logp, ref: dpo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], s.beta),
             "pairs", dict(beta=0.1)),
     "ipo": (lambda s, logp, ref: ipo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], s.beta),
@@ -203,13 +203,11 @@ def data_logp(model, data, s):
 # ---------------------------------------------------------------------------------------------------
 # Settings: one line a flag; the defaults live in LOSSES (per algorithm) and here (per model).
 
-MODELS = {
-    "toy": dict(batch=16, steps=500, warmup=50, lr=2e-4, max_new=100, eval_every=50, eval_stories=256),
-}
+TOY = dict(batch=16, steps=500, warmup=50, lr=2e-4, max_new=100, eval_every=50, eval_stories=256)
 # E.2's, but for lr, which the paper does not give: ours, and not measured yet
 PAPER = dict(batch=128, steps=40_000, warmup=5_000, lr=1e-5, max_new=255, eval_every=1_000,
              eval_stories=1_000, R=32)
-MODELS |= dict.fromkeys(("stories260K", "stories15M", "stories42M", "stories110M"), PAPER)
+MODELS = {"toy": TOY} | dict.fromkeys(("stories260K", "stories15M", "stories42M", "stories110M"), PAPER)
 
 
 def get_args(argv=None) -> argparse.Namespace:
@@ -230,7 +228,7 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--model", choices=MODELS, default="toy", help="whose defaults, and files under data/")
     p.add_argument("--data", help="folder of sft.pt and token files; default data/<model>")
     p.add_argument("--init", help="start and reference; default <data>/sft.pt")
-    p.add_argument("--tokenizer", help="the checkpoint's own; default tokenizer.model")
+    p.add_argument("--tokenizer", default="tokenizer.model", help="the checkpoint's own")
     p.add_argument("--out", help="the run's folder; default out/<model>-<algo>-<settings>")
     p.add_argument("--seed", type=int, default=0, help="of batches, rollouts and evaluations")
     p.add_argument("--steps", type=int, help="how many")
@@ -263,8 +261,7 @@ def get_args(argv=None) -> argparse.Namespace:
 
     s.data = getattr(s, "data", f"data/{s.model}")
     s.init = getattr(s, "init", f"{s.data}/sft.pt")
-    s.tokenizer = getattr(s, "tokenizer", "tokenizer.model")
-    name = "-".join([s.model, s.algo, *(f"{name}{getattr(s, name):g}" for name in reads), f"seed{s.seed}"])
+    name = "-".join([s.model, s.algo, *(f"{n}{getattr(s, n):g}" for n in reads), f"seed{s.seed}"])
     s.out = getattr(s, "out", f"out/{name}")
     return s
 
@@ -277,28 +274,6 @@ def learning_rate(s, step):
     warm = min(1.0, (step + 1) / max(1, s.warmup))
     done = max(0, step - s.warmup) / max(1, s.steps - s.warmup)
     return s.lr * warm * (s.lr_end + (1 - s.lr_end) * (1 + math.cos(math.pi * done)) / 2)
-
-
-@torch.no_grad()
-def evaluate(policy, ref, tokenizer, r_ref, s, step) -> dict:
-    """
-    Fresh stories of the policy: win-rate against the reference's, whose rewards are r_ref; mean reward;
-    KL to the reference and entropy, in nats a story; length in tokens; share that ended by themselves.
-    """
-    y = sample(policy, s.eval_stories, s, (EVAL, step))
-    mask = story_mask(y)[:, 1:]
-    kl, entropy = [], []
-    for part, m in zip(y.split(64), mask.split(64)):
-        logits = full_precision(policy(part[:, :-1]))
-        kl.append(token_kl(logits, ref(part[:, :-1]), m))
-        entropy.append((torch.distributions.Categorical(logits=logits).entropy() * m).sum(1))
-    length = mask.sum(1)
-    closed = y.gather(1, length[:, None]) == BOS
-    r = expert(tokenizer.decode(y.tolist()))
-    win, win_se = win_rate(r, r_ref)
-    return dict(win=win, win_se=win_se, reward=r.mean().item(), kl=torch.cat(kl).mean().item(),
-                entropy=torch.cat(entropy).mean().item(), length=length.float().mean().item(),
-                closed=closed.float().mean().item())
 
 
 def begin(s):
@@ -344,11 +319,35 @@ def record(s, **r):
         print("@{step} {nats:.2f} nats a held-out story".format(**r), flush=True)
 
 
-TERMS = ("loss", "pref", "kl", "margin", "accuracy")
+@torch.no_grad()
+def evaluate(policy, ref, tokenizer, others, r_ref, s, step):
+    """
+    Records, from fresh stories: win-rate against the reference's, whose rewards are r_ref; mean reward; KL
+    to the reference and entropy, in nats a story; length in tokens; share that ended by themselves.
+    Keeps the model with the highest win-rate so far in best.pt. For sft, nats a held-out story.
+    """
+    if s.algo == "sft":
+        return record(s, step=step, nats=-data_logp(policy, others, s).mean().item())
+    y = sample(policy, s.eval_stories, s, (EVAL, step))
+    mask = story_mask(y)[:, 1:]
+    kl, entropy = [], []
+    for part, m in zip(y.split(64), mask.split(64)):
+        logits = full_precision(policy(part[:, :-1]))
+        kl.append(token_kl(logits, ref(part[:, :-1]), m))
+        entropy.append((torch.distributions.Categorical(logits=logits).entropy() * m).sum(1))
+    length = mask.sum(1)
+    closed = y.gather(1, length[:, None]) == BOS
+    r = expert(tokenizer.decode(y.tolist()))
+    win, win_se = win_rate(r, r_ref)
+    record(s, step=step, win=win, win_se=win_se, reward=r.mean().item(), kl=torch.cat(kl).mean().item(),
+           entropy=torch.cat(entropy).mean().item(), length=length.float().mean().item(),
+           closed=closed.float().mean().item())
+    if peak(s.out)["step"] == step:
+        save(policy, f"{s.out}/best.pt")
 
 
-def train(s):
-    """Minimises Eq. 1 from s.init, which is the reference too, on the data in s.data."""
+def train(s) -> int:
+    """Minimises Eq. 1 from s.init, which is the reference too, on the data in s.data -> the step reached."""
     loss_of, file, reads = LOSSES[s.algo]
     # everything is read before anything is written
     ref = load(s.init, s.device).requires_grad_(False)
@@ -370,7 +369,7 @@ def train(s):
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     print("  step     loss     pref     kl  margin   acc       lr     ms  tok/s   left")
     if step == 0:
-        measure(policy, ref, tokenizer, others, r_ref, s, 0)
+        evaluate(policy, ref, tokenizer, others, r_ref, s, 0)
     while step < s.steps and not stop:
         started = time.perf_counter()
         for group in optimizer.param_groups:
@@ -411,31 +410,20 @@ def train(s):
         window.append((terms, y.numel(), time.perf_counter() - started))
         if step == 1 or step % s.log_every == 0:
             terms, tokens, seconds = zip(*window)
-            record(s, step=step, **dict(zip(TERMS, torch.stack(terms).mean(0).tolist())),
-                   lr=learning_rate(s, step - 1), ms=1e3 * sum(seconds) / len(window),
-                   tokens_s=sum(tokens) / sum(seconds),
+            loss, pref, kl, margin, accuracy = torch.stack(terms).mean(0).tolist()
+            record(s, step=step, loss=loss, pref=pref, kl=kl, margin=margin, accuracy=accuracy, lr=group["lr"],
+                   ms=1e3 * sum(seconds) / len(window), tokens_s=sum(tokens) / sum(seconds),
                    left=(time.perf_counter() - began) / (step - first) * (s.steps - step))
             window = []
         if due := step % s.eval_every == 0 or step == s.steps:
-            measure(policy, ref, tokenizer, others, r_ref, s, step)
+            evaluate(policy, ref, tokenizer, others, r_ref, s, step)
         if due or stop:
             save(policy, f"{s.out}/ckpt.pt", optimizer=optimizer.state_dict(), step=step, rollout=y_kl,
                  settings=vars(s))
-    if step < s.steps:
-        print(f"stopped, and saved at step {step}: the same command with RESUME=1 (--resume) goes on")
-        raise KeyboardInterrupt
-    if s.algo != "sft":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if step == s.steps and s.algo != "sft":
         report(policy, ref, tokenizer, s)
-
-
-def measure(policy, ref, tokenizer, others, r_ref, s, step):
-    """Evaluates and records; keeps the model with the highest win-rate so far in best.pt."""
-    if s.algo == "sft":
-        record(s, step=step, nats=-data_logp(policy, others, s).mean().item())
-        return
-    record(s, step=step, **evaluate(policy, ref, tokenizer, r_ref, s, step))
-    if peak(s.out)["step"] == step:
-        save(policy, f"{s.out}/best.pt")
+    return step
 
 
 def report(policy, ref, tokenizer, s):
@@ -449,5 +437,13 @@ def report(policy, ref, tokenizer, s):
     print(text, end="")
 
 
+def main():
+    s = get_args()
+    step = train(s)
+    if step < s.steps:
+        print(f"stopped, and saved at step {step}: the same command with RESUME=1 (--resume) goes on")
+        raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    cli(lambda: train(get_args()))
+    cli(main)

@@ -136,6 +136,10 @@ def print_theory() -> bool:
         print(line.format(name, str(alpha), *cells, f"{tv:.1e}", "yes" if passed else "NO"))
         good &= passed
     print("\nall as the theorems say" if good else "\nNOT as the theorems say")
+    sequence, kl, pi, gradient, token, _ = token_kl_by_enumeration()
+    print(f"\nToken KL of a model whose stories can be enumerated: {pi @ kl:.6f}, sequence KL {sequence:.6f};\n"
+          f"its gradient, the prefixes held fixed, is {(token - gradient).norm() / gradient.norm():.0%} off the exact one "
+          f"(cosine {F.cosine_similarity(token, gradient, 0):.2f}).")
     return good
 
 
@@ -341,24 +345,31 @@ def all_stories(vocab):
     return torch.tensor([(BOS, *s) for s in ended + list(itertools.product(others, repeat=LONGEST))])
 
 
-def test_token_kl_is_the_sequence_kl_but_its_gradient_is_not():
+def token_kl_by_enumeration():
+    """Both KLs of two small models in nats, exact, and their gradients: (sequence, token, token + what it leaves out)."""
     policy, ref, y = tiny(4, 0).double(), tiny(4, 1).double(), all_stories(4)
     mask = spo.story_mask(y)
     logp = spo.seq_logp(policy, y, mask)
     assert logp.exp().sum().item() == pytest.approx(1)  # pi is a distribution over stories
     with torch.no_grad():
         ref_logp, ref_logits = spo.seq_logp(ref, y, mask), ref(y[:, :-1])
-    exact = (logp.exp() * (logp - ref_logp)).sum()
-    kl = spo.token_kl(policy(y[:, :-1]), ref_logits, mask[:, 1:])
-    assert kl.shape == (len(y),) and (logp.exp() @ kl).item() == pytest.approx(exact.item(), rel=1e-9)
-    assert abs(kl.mean().item() - exact.item()) > 0.01  # under another distribution it is something else
+    sequence = (logp.exp() * (logp - ref_logp)).sum()
+    kl = spo.token_kl(policy(y[:, :-1]), ref_logits, mask[:, 1:])  # of each story
+    pi = logp.exp().detach()
 
-    flat = lambda loss: torch.cat([z.flatten() for z in torch.autograd.grad(loss, policy.parameters(), retain_graph=True)])
-    true, token = flat(exact), flat(logp.exp().detach() @ kl)
-    missing = flat(logp.exp().detach() * kl.detach() @ logp)  # how theta moves the prefixes
-    gap = ((token - true).norm() / true.norm()).item()
-    print(f"gradient of the token KL: relative gap {gap:.3f}, cosine {F.cosine_similarity(token, true, 0):.3f} to the exact one")
-    assert gap > 0.05 and torch.allclose(token + missing, true, atol=1e-9)
+    def flat(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, policy.parameters(), retain_graph=True)])
+
+    gradient, token = flat(sequence), flat(pi @ kl)
+    prefixes = flat((pi * kl.detach()) @ logp)  # how theta moves the prefixes: the score-function term
+    return sequence.item(), kl.detach(), pi, gradient, token, token + prefixes
+
+
+def test_token_kl_is_the_sequence_kl_but_its_gradient_is_not():
+    sequence, kl, pi, gradient, token, completed = token_kl_by_enumeration()
+    assert kl.shape == pi.shape and (pi @ kl).item() == pytest.approx(sequence, rel=1e-9)
+    assert abs(kl.mean().item() - sequence) > 0.01  # over stories of another distribution it is another number
+    assert (token - gradient).norm() > 0.05 * gradient.norm() and torch.allclose(completed, gradient, atol=1e-9)
 
 
 def test_token_kl_is_zero_at_the_reference_and_float32_under_bfloat16():
@@ -719,7 +730,7 @@ def test_resuming_with_other_settings_is_refused(world, tmp_path):
 def test_ctrl_c_finishes_the_step_and_saves(world, tmp_path):
     argv = [sys.executable, "spo.py", *SHORT, "--data", world, "--out", str(tmp_path / "a"), "--lr", "1e-3"]
     program = subprocess.Popen(argv + ["--steps", "100000", "--eval_every", "100000"], cwd=HERE, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for line in program.stdout:
         if line.startswith("     3 "):
             break
@@ -730,12 +741,39 @@ def test_ctrl_c_finishes_the_step_and_saves(world, tmp_path):
     assert read_log(tmp_path / "a")[-1]["step"] == step == torch.load(tmp_path / "a/ckpt.pt")["step"]
 
 
+def readme():
+    with open(f"{HERE}/README.md", encoding="utf-8") as f:
+        return f.read()
+
+
+def test_the_readme_points_at_what_is_there_and_prints_what_it_says():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", readme())
+    assert len(links) > 10
+    for name, file, line in links:
+        with open(f"{HERE}/{file}") as f:
+            assert f.read().splitlines()[int(line) - 1].startswith(f"def {name}("), f"{name} is not at {file}:{line}"
+    for file in re.findall(r"\]\(([\w.]+)\)", readme()):
+        assert os.path.exists(f"{HERE}/{file}"), file
+    line_of_code, = re.findall(r"```python\n(loss = .*)\n```", readme())
+    assert line_of_code.removesuffix(" / alpha") in open(f"{HERE}/spo.py").read()
+    block = re.search(r"```python\n(import torch\n.*?)```", readme(), re.S)[1]
+    names, shown = {}, 0
+    for line in block.splitlines():
+        code, _, expected = (part.strip() for part in line.partition("#"))
+        if expected.startswith("tensor"):
+            assert repr(eval(code, names)) == expected
+            shown += 1
+        else:
+            exec(code, names)
+    assert shown == 2
+
+
 def test_the_readme_train_line(world, tmp_path):
     """The README's own command, with fewer steps and the tiny world."""
-    line = re.search(r"make train ALGO=spo ALPHA=0.01", open(f"{HERE}/README.md").read())[0]
+    line = re.search(r"make train ALGO=spo ALPHA=0.01", readme())[0]
     done = subprocess.run([*line.split(), f"PY={sys.executable}", f"DATA={world}", "STEPS=4", f"OUT={tmp_path}/run",
                            f"TOY={' '.join(TINY_WORLD)}", "BATCH=8", "EVAL_STORIES=16", "EVAL_EVERY=2"],
-                          cwd=HERE, text=True, capture_output=True)
+                          cwd=HERE, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "algo=spo" in done.stdout and "alpha=0.01" in done.stdout and "peak win-rate" in done.stdout
     assert all(len(line) <= 80 for line in done.stdout.splitlines() if re.match(r" *\d|@", line))
