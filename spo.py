@@ -310,8 +310,8 @@ def record(s, **r):
         f.write(json.dumps({k: None if v != v else v for k, v in r.items()}) + "\n")  # JSON has no NaN
     if "loss" in r:
         print("{step:6d} {loss:8.3f} {pref:8.3f} {kl:6.2f} {margin:7.2f} {accuracy:5.2f} {lr:8.1e} "
-              "{ms:6.1f} {tokens_s:6.0f}".format(**r), "{:3.0f}:{:02.0f}".format(*divmod(r["left"], 60)),
-              flush=True)
+              "{ms:6.1f} {tokens_s:6.0f}".format(**r).replace("nan", "  -"),
+              "{:3.0f}:{:02.0f}".format(*divmod(int(r["left"]), 60)), flush=True)
     elif "win" in r:
         print("@{step} win {win:.3f}±{win_se:.3f} reward {reward:.2f} kl {kl:.2f} entropy {entropy:.1f} "
               "length {length:.0f} closed {closed:.2f}".format(**r), flush=True)
@@ -360,7 +360,8 @@ def train(s) -> int:
         raise UserError(f"--batch is {s.batch}, but {s.data} has {len(data)} rows, {len(others)} stories.")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.lr, betas=(0.9, 0.95), fused=True)
     step, y_kl = take_up(s, optimizer) if s.resume else begin(s)
-    print(textwrap.fill(" ".join(f"{name}={value}" for name, value in vars(s).items()), 80))
+    print(textwrap.fill(" ".join(f"{name}={value}" for name, value in vars(s).items()), 80,
+                        break_on_hyphens=False, break_long_words=False))
 
     ref_logp = data_logp(ref, data, s) if s.algo in ("dpo", "ipo") else torch.zeros(data.shape[:2])
     r_ref = None if s.algo == "sft" else expert(tokenizer.decode(others[:, 0].tolist()))   # (M,)

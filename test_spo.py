@@ -754,8 +754,10 @@ def test_the_readme_points_at_what_is_there_and_prints_what_it_says():
             assert f.read().splitlines()[int(line) - 1].startswith(f"def {name}("), f"{name} is not at {file}:{line}"
     for file in re.findall(r"\]\(([\w.]+)\)", readme()):
         assert os.path.exists(f"{HERE}/{file}"), file
-    line_of_code, = re.findall(r"```python\n(loss = .*)\n```", readme())
-    assert line_of_code.removesuffix(" / alpha") in open(f"{HERE}/spo.py").read()
+    eq_9 = re.search(r"```python\n(margin = .*?)```", readme(), re.S)[1]
+    with open(f"{HERE}/spo.py") as f:
+        source = f.read()
+    assert all(line.partition("#")[0].strip() in source for line in eq_9.splitlines())
     block = re.search(r"```python\n(import torch\n.*?)```", readme(), re.S)[1]
     names, shown = {}, 0
     for line in block.splitlines():
