@@ -7,7 +7,7 @@
 
 PY = .venv/bin/python
 READY = $(if $(filter .venv/%,$(PY)),.venv/ready)
-SETTINGS = ALGO ALPHA BETA GAMMA DELTA R K MODEL DATA INIT TOKENIZER OUT SEED STEPS BATCH LR LR_END WARMUP CLIP \
+SETTINGS = ALGO ALPHA BETA GAMMA DELTA R K MODEL DATA INIT TOKENIZER OUT SEED STEPS BATCH LR WARMUP \
            MAX_NEW EVAL_EVERY EVAL_STORIES LOG_EVERY DEVICE
 flag = --$(if $(filter R,$1),R,$(shell echo $1 | tr A-Z a-z))
 given = $(foreach s,$(SETTINGS),$(if $($s),$(call flag,$s) $($s))) $(if $(RESUME),--resume)

@@ -4,11 +4,12 @@ against its reference.
 """
 import json
 import os
+from collections.abc import Iterable
 
 import torch
 
 import toyworld
-from model import UserError
+from model import ModelArgs, UserError
 
 
 def load_tokenizer(path: str, vocab_size: int):
@@ -27,8 +28,11 @@ def load_tokenizer(path: str, vocab_size: int):
     return tokenizer
 
 
-def load_tokens(path: str, vocab_size: int):
-    """A token file: uint16 (N, n, T), n responses a row, best first; each BOS, a story, BOS to the end."""
+def load_tokens(path: str, args: ModelArgs, responses: Iterable[int], rows: int):
+    """
+    A token file for a model with these args: uint16 (N, n, T), at least so many rows of one of these
+    numbers of responses, best first; each BOS, a story, BOS to the end.
+    """
     import numpy as np
     try:
         data = np.load(path, mmap_mode="r")
@@ -36,8 +40,14 @@ def load_tokens(path: str, vocab_size: int):
         raise UserError(f"{path} is not there: make it with `make data`.") from None
     except (ValueError, EOFError, OSError) as e:
         raise UserError(f"{path} is not a token file ({str(e)[:80]}): make it with `make data`.") from None
-    if data.dtype != np.uint16 or data.ndim != 3 or data.max() >= vocab_size:
-        raise UserError(f"{path} does not hold this model's tokens: make it with `make data`.")
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint16 or data.ndim != 3 or data.size == 0:
+        raise UserError(f"{path} is not a token file: make it with `make data`.")
+    if data.max() >= args.vocab_size or not 2 <= data.shape[2] <= args.max_seq_len + 1:
+        raise UserError(f"{path} holds tokens or lengths this model does not have: make it with `make data`.")
+    if data.shape[1] not in responses:
+        raise UserError(f"{path} has {data.shape[1]} responses a row, which does not suit the loss.")
+    if len(data) < rows:
+        raise UserError(f"{path} has {len(data)} rows, fewer than --batch {rows}: make it larger, or batch smaller.")
     return data
 
 
@@ -59,8 +69,11 @@ def win_rate(r: torch.Tensor, r_ref: torch.Tensor) -> tuple[float, float]:
 
 def read_log(out: str) -> list[dict]:
     """The records of the run in folder out: each has a step, and the loss or an evaluation after it."""
-    with open(f"{out}/log.jsonl") as f:
-        return [json.loads(line) for line in f if line.endswith("\n")]  # a killed run leaves half a line
+    try:
+        with open(f"{out}/log.jsonl") as f:
+            return [json.loads(line) for line in f if line.endswith("\n")]  # a killed run leaves half a line
+    except (OSError, ValueError) as e:
+        raise UserError(f"{out}/log.jsonl cannot be read ({e}).") from None
 
 
 def peak(out: str) -> dict:

@@ -7,7 +7,6 @@ A compact Llama with llama2.c's parameter names, so that its published checkpoin
 """
 import math
 import os
-import pickle
 import struct
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -210,25 +209,24 @@ def load(path: str, device: str = "cpu") -> Transformer:
     """The model in a checkpoint of llama2.c's layout."""
     checkpoint = read_checkpoint(path, device)
     known = {f.name for f in fields(ModelArgs)}
-    model = Transformer(ModelArgs(**{k: v for k, v in checkpoint["model_args"].items() if k in known}))
-    # torch.compile leaves its prefix on the names
-    weights = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
     try:
+        model = Transformer(ModelArgs(**{k: v for k, v in checkpoint["model_args"].items() if k in known}))
+        # torch.compile leaves its prefix on the names
+        weights = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
         model.load_state_dict(weights, strict=True)
-    except RuntimeError as e:
-        reason = str(e).splitlines()[1].strip()[:120]
-        raise UserError(f"{path}: the weights do not fit its model_args ({reason}).") from None
+    except (RuntimeError, TypeError, ValueError, ZeroDivisionError, AttributeError) as e:
+        raise UserError(f"{path}: its weights do not fit its model_args ({' '.join(str(e).split())[:120]}).") from None
     return model.to(device)
 
 
 def read_checkpoint(path: str, device: str = "cpu") -> dict:
     """The dict in a checkpoint file, with `model` and `model_args`. Tensors and plain data, never code."""
+    if not os.path.exists(path):
+        raise UserError(f"{path} is not there: make it with `make data` or `make train`, or name another.")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there: make it with `make data`, or name another.") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as e:
-        raise UserError(f"{path} cannot be read as a checkpoint ({str(e).splitlines()[0][:80]}): "
+    except Exception as e:  # a damaged file can fail in any of the unpickler's ways
+        raise UserError(f"{path} cannot be read as a checkpoint ({type(e).__name__}: {' '.join(str(e).split())[:90]}): "
                         "it is cut short or something else; make it again.") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path} is not a llama2.c checkpoint: it lacks `model` or `model_args`.")

@@ -22,11 +22,12 @@ import torch.nn.functional as F
 import spo
 import toyworld
 from evaluate import expert, load_tokenizer
-from model import BOS, ModelArgs, Transformer, cli, load, save
+from model import BOS, ModelArgs, Transformer, UserError, cli, load, save
 
 # The toy world's writer: 189,632 parameters, and a pre-training that takes it to the grammar's entropy.
 VOCAB = 640
 WRITER = dict(dim=64, n_layers=3, n_heads=4, multiple_of=4, max_seq_len=128, vocab_size=VOCAB)
+SFT = "--batch 32 --lr 5e-3 --log_every 100 --eval_every 250"
 PAIRS, RANKED, REF = range(100, 103)  # what stories are sampled for: keys of spo.rng
 
 
@@ -50,12 +51,13 @@ def make(path: str, maker, inputs: list[str], **settings) -> None:
             note[os.path.basename(file)] = hashlib.sha256(f.read()).hexdigest()
     if os.path.exists(path) and os.path.exists(f"{path}.json"):
         with open(f"{path}.json") as f:
-            if json.load(f) == note:
+            if f.read() == json.dumps(note, indent=1):
                 return
+        os.remove(f"{path}.json")  # from here on, until path is made, it is nobody's
     print(f"making {path}", flush=True)
     maker(path, **settings)
     with open(f"{path}.json.part", "w") as f:
-        json.dump(note, f, indent=1)
+        f.write(json.dumps(note, indent=1))
     os.replace(f"{path}.json.part", f"{path}.json")
 
 
@@ -74,7 +76,7 @@ def pad(rows: list[torch.Tensor]) -> torch.Tensor:
 
 def sample_stories(model, n: int, s, purpose: int) -> torch.Tensor:
     """n stories of the model, in batches -> tokens (n, T)."""
-    return pad([spo.sample(model, min(500, n - i), s, (purpose, i)) for i in range(0, n, 500)])
+    return pad([spo.sample(model, min(500, n - i), s, (purpose, i)).cpu() for i in range(0, n, 500)])
 
 
 def rank(stories: torch.Tensor, r: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -88,20 +90,18 @@ def rank(stories: torch.Tensor, r: torch.Tensor, generator: torch.Generator) -> 
 
 
 def toy(a) -> None:
-    """The embedded world: stories of the grammar, the writer they train, its stories as the expert ranks them."""
+    """The embedded world: the grammar's stories, the writer they train, its stories as the expert ranks them."""
     os.makedirs(a.data, exist_ok=True)
     tokenizer = load_tokenizer(a.tokenizer, VOCAB)
-    s = spo.get_args(f"--algo sft --seed {a.seed} --steps {a.sft_steps} --batch 32 --lr 5e-3 --lr_end 0 "
-                     "--log_every 100 --eval_every 250".split()
-                     + ["--data", a.data, "--init", f"{a.data}/init.pt", "--out", f"{a.data}/sft",
-                        "--tokenizer", a.tokenizer])
+    s = spo.get_args([*f"--algo sft --seed {a.seed} --steps {a.sft_steps} {SFT}".split(), "--data", a.data,
+                      "--init", f"{a.data}/init.pt", "--out", f"{a.data}/sft", "--tokenizer", a.tokenizer])
 
     def write(path, n, seed):
         rng = random.Random(seed)
         stories = tokenizer.encode([toyworld.write_story(rng) for _ in range(n)])
         write_tokens(path, pad([torch.tensor([[[BOS, *story, BOS]]]) for story in stories]))
 
-    def pretrain(path, seed, steps, **args):
+    def pretrain(path, seed, steps, flags, **args):
         torch.manual_seed(seed)
         save(Transformer(ModelArgs(**args)), s.init)
         shutil.rmtree(s.out, ignore_errors=True)  # it takes a minute: an interrupted one begins anew
@@ -110,14 +110,15 @@ def toy(a) -> None:
         save(load(f"{s.out}/ckpt.pt"), path)
 
     def collect(path, rows, n, seed, purpose):
-        stories = sample_stories(load(f"{a.data}/sft.pt"), rows * n, s, purpose)
+        stories = sample_stories(load(f"{a.data}/sft.pt", s.device), rows * n, s, purpose)
         r = expert(tokenizer.decode(stories.tolist())).view(rows, n)
         write_tokens(path, rank(stories.view(rows, n, -1), r, spo.rng(seed, purpose)))
 
     world = [a.tokenizer, toyworld.__file__]
     make(f"{a.data}/stories.npy", write, world, n=a.stories, seed=2 * a.seed)
     make(f"{a.data}/heldout.npy", write, world, n=1000, seed=2 * a.seed + 1)
-    make(f"{a.data}/sft.pt", pretrain, [f"{a.data}/stories.npy"], seed=a.seed, steps=a.sft_steps, **WRITER)
+    make(f"{a.data}/sft.pt", pretrain, [f"{a.data}/stories.npy"], seed=a.seed, steps=a.sft_steps,
+         flags=SFT, **WRITER)
     for name, rows, n, purpose in (("pairs", a.pairs, 2, PAIRS), ("ranked", a.pairs // 2, 4, RANKED),
                                    ("ref", a.ref, 1, REF)):
         make(f"{a.data}/{name}.npy", collect, [f"{a.data}/sft.pt", *world], rows=rows, n=n, seed=a.seed,
@@ -126,6 +127,9 @@ def toy(a) -> None:
 
 
 def main(argv=None) -> None:
+    def error(message):
+        raise UserError(f"{message} (see python prepare_data.py --help).")
+
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=("toy", "tokenizer"))
     p.add_argument("--data", default="data/toy", help="folder the files go to")
@@ -135,8 +139,15 @@ def main(argv=None) -> None:
     p.add_argument("--sft_steps", type=int, default=1000, help="steps of pre-training")
     p.add_argument("--pairs", type=int, default=4000, help="pairs; half as many rows of four ranked stories")
     p.add_argument("--ref", type=int, default=2000, help="stories of the writer, to compare with and for SLiC-HF")
+    p.error = error
     a = p.parse_args(argv)
-    train_tokenizer(a.tokenizer) if a.what == "tokenizer" else toy(a)
+    for name in ("stories", "sft_steps", "pairs", "ref"):
+        if getattr(a, name) < 2:
+            error(f"--{name} is {getattr(a, name)}: it must be 2 or more")
+    try:
+        train_tokenizer(a.tokenizer) if a.what == "tokenizer" else toy(a)
+    except OSError as e:
+        raise UserError(f"{e.filename} cannot be written or read ({e.strerror}).") from None
 
 
 if __name__ == "__main__":

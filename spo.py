@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from evaluate import expert, load_tokenizer, load_tokens, peak, read_log, win_rate
 from model import BOS, UserError, cli, generate, load, read_checkpoint, save
+from toyworld import in_grammar
 
 # ---------------------------------------------------------------------------------------------------
 # log pi(y): the sum over a story's tokens, the closing BOS among them, so that pi is a distribution
@@ -34,9 +35,7 @@ def story_mask(tokens: torch.Tensor) -> torch.Tensor:
     closes it. A story cut at the length limit has no closing BOS and counts up to its last token.
     """
     ends = (tokens[:, 1:] == BOS).cumsum(1)
-    mask = torch.zeros_like(tokens)
-    mask[:, 1:] = (ends == 0) | ((ends == 1) & (tokens[:, 1:] == BOS))
-    return mask
+    return F.pad((ends == 0) | ((ends == 1) & (tokens[:, 1:] == BOS)), (1, 0)).long()
 
 
 def full_precision(logits: torch.Tensor) -> torch.Tensor:
@@ -71,11 +70,10 @@ def spo_loss(logp_w, logp_l, alpha, mu=None):
 
 def pair_weight(logp_w, logp_l, gamma):
     """
-    Section 4's example: mu = (pi_w + pi_l)^gamma -> (B,), without gradient. In log space and centred on
-    the batch, a constant factor; bounded by e^±50, so that one junk story cannot overflow it.
+    Section 4's example: mu = (pi_w + pi_l)^gamma -> (B,), without gradient; in log space, and up to the
+    factor that makes its mean over the batch 1.
     """
-    log_mu = gamma * torch.logaddexp(logp_w, logp_l).detach()
-    return (log_mu - log_mu.mean()).clamp(-50, 50).exp()
+    return len(logp_w) * (gamma * torch.logaddexp(logp_w, logp_l).detach()).softmax(0)
 
 
 def best_of_n_loss(logp, best, alpha, mu=None):
@@ -89,10 +87,7 @@ def best_of_n_loss(logp, best, alpha, mu=None):
 
 
 def ranked_loss(logp, alpha, mu=None):
-    """
-    Eq. 15: each response but the last is the best of those from it on -> (B,), for logp (B, n) best
-    first and mu (B, n-1).
-    """
+    """Eq. 15: each response is the best of those from it on -> (B,); logp (B, n) best first, mu (B, n-1)."""
     best = torch.zeros(len(logp), dtype=torch.long, device=logp.device)
     return sum(best_of_n_loss(logp[:, k:], best, alpha, None if mu is None else mu[:, k])
                for k in range(logp.shape[1] - 1))
@@ -124,16 +119,14 @@ LOSSES = {
     "best_of_n": (lambda s, logp, ref: best_of_n_loss(
                       logp, torch.zeros(len(logp), dtype=torch.long, device=logp.device), s.alpha),
                   "ranked", dict(alpha=0.01, beta=0.1, R=8, k=8)),
-    "ranked": (lambda s, logp, ref: ranked_loss(logp, s.alpha),
-               "ranked", dict(alpha=0.01, beta=0.1, R=8, k=8)),
+    "ranked": (lambda s, logp, ref: ranked_loss(logp, s.alpha), "ranked", dict(alpha=0.01, beta=0.1, R=8, k=8)),
     "dpo": (lambda s, logp, ref: dpo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], s.beta),
             "pairs", dict(beta=0.1)),
     "ipo": (lambda s, logp, ref: ipo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], s.beta),
             "pairs", dict(beta=0.03)),
     "slic": (lambda s, logp, ref: slic_loss(logp[:, 0], logp[:, 1], s.delta),
              "pairs", dict(delta=10.0, beta=0.1)),
-    "sft": (lambda s, logp, ref: -logp[:, 0],
-            "stories", dict()),
+    "sft": (lambda s, logp, ref: -logp[:, 0], "stories", dict()),
 }
 
 # ---------------------------------------------------------------------------------------------------
@@ -205,8 +198,8 @@ def data_logp(model, data, s):
 
 TOY = dict(batch=16, steps=500, warmup=50, lr=2e-4, max_new=100, eval_every=50, eval_stories=256)
 # E.2's, but for lr, which the paper does not give: ours, and not measured yet
-PAPER = dict(batch=128, steps=40_000, warmup=5_000, lr=1e-5, max_new=255, eval_every=1_000,
-             eval_stories=1_000, R=32)
+PAPER = dict(batch=128, steps=40000, warmup=5000, lr=1e-5, max_new=255, eval_every=1000, eval_stories=1000, R=32)
+DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"]
 MODELS = {"toy": TOY} | dict.fromkeys(("stories260K", "stories15M", "stories42M", "stories110M"), PAPER)
 
 
@@ -234,13 +227,12 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--steps", type=int, help="how many")
     p.add_argument("--batch", type=int, help="rows of the preference data a step")
     p.add_argument("--lr", type=float, help="AdamW's learning rate after warm-up")
-    p.add_argument("--lr_end", type=float, default=1.0, help="share of lr a cosine ends at; 1: constant")
     p.add_argument("--warmup", type=int, help="steps of linear warm-up")
     p.add_argument("--max_new", type=int, help="longest story, in tokens; a longer one is cut")
     p.add_argument("--eval_every", type=int, help="steps between evaluations")
     p.add_argument("--eval_stories", type=int, help="fresh stories an evaluation")
     p.add_argument("--log_every", type=int, default=10, help="steps a logged line")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", choices=DEVICES, default=DEVICES[0])
     p.add_argument("--resume", action="store_true", default=False, help="go on from <out>/ckpt.pt")
     s = p.parse_args(argv)
 
@@ -251,7 +243,7 @@ def get_args(argv=None) -> argparse.Namespace:
     for name, default in (reads | MODELS[s.model]).items():
         if name not in unread:
             setattr(s, name, getattr(s, name, default))
-    lowest = dict(alpha=0, beta=0, gamma=0, delta=0, lr=0, lr_end=0, seed=0, warmup=0, R=1, k=1,
+    lowest = dict(alpha=0, beta=0, gamma=0, delta=0, lr=0, seed=0, warmup=0, R=1, k=1,
                   steps=1, batch=1, max_new=1, eval_every=1, eval_stories=2, log_every=1)
     for name, low in lowest.items():
         if not low <= getattr(s, name, low) < math.inf:
@@ -262,7 +254,7 @@ def get_args(argv=None) -> argparse.Namespace:
     s.data = getattr(s, "data", f"data/{s.model}")
     s.init = getattr(s, "init", f"{s.data}/sft.pt")
     name = "-".join([s.model, s.algo, *(f"{n}{getattr(s, n):g}" for n in reads), f"seed{s.seed}"])
-    s.out = getattr(s, "out", f"out/{name}")
+    s.out = getattr(s, "out", f"out/{name}").rstrip("/")
     return s
 
 
@@ -270,10 +262,10 @@ def get_args(argv=None) -> argparse.Namespace:
 # Training
 
 def learning_rate(s, step):
-    """Linear warm-up, then a cosine from lr to lr_end * lr."""
+    """Linear warm-up, then constant; for sft a cosine down to 0."""
     warm = min(1.0, (step + 1) / max(1, s.warmup))
-    done = max(0, step - s.warmup) / max(1, s.steps - s.warmup)
-    return s.lr * warm * (s.lr_end + (1 - s.lr_end) * (1 + math.cos(math.pi * done)) / 2)
+    done = max(0, step - s.warmup) / max(1, s.steps - s.warmup) if s.algo == "sft" else 0.0
+    return s.lr * warm * (1 + math.cos(math.pi * done)) / 2
 
 
 def begin(s):
@@ -286,14 +278,17 @@ def begin(s):
         os.makedirs(s.out, exist_ok=True)
     except OSError as e:
         raise UserError(f"{s.out} cannot be written ({e.strerror}): name another with --out.") from None
-    return 0, None
+    return 0, None, []
 
 
 def take_up(s, optimizer):
-    """Goes on from a run's checkpoint -> its step, its rollout; the log is cut back to there."""
+    """Goes on from a run's checkpoint -> step, rollout, window; the log is cut back to there."""
     checkpoint = read_checkpoint(f"{s.out}/ckpt.pt", s.device)
+    if "settings" not in checkpoint:
+        raise UserError(f"{s.out}/ckpt.pt is a model without its run: name it with --init instead.")
+    free = {"resume", "out", "device"} | ({"steps"} if s.algo != "sft" else set())  # a cosine knows its end
     for name, value in checkpoint["settings"].items():
-        if name not in ("resume", "steps", "log_every", "device") and getattr(s, name) != value:
+        if name not in free and getattr(s, name) != value:
             raise UserError(f"{s.out} was begun with --{name} {value}, not {getattr(s, name)}: "
                             "resume with the same.")
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -301,7 +296,7 @@ def take_up(s, optimizer):
     with open(f"{s.out}/log.jsonl.part", "w") as f:
         f.writelines(json.dumps(r) + "\n" for r in kept)
     os.replace(f"{s.out}/log.jsonl.part", f"{s.out}/log.jsonl")
-    return checkpoint["step"], checkpoint["rollout"]
+    return checkpoint["step"], checkpoint["rollout"], checkpoint["window"]
 
 
 def record(s, **r):
@@ -323,7 +318,7 @@ def record(s, **r):
 def evaluate(policy, ref, tokenizer, others, r_ref, s, step):
     """
     Records, from fresh stories: win-rate against the reference's, whose rewards are r_ref; mean reward; KL
-    to the reference and entropy, in nats a story; length in tokens; share that ended by themselves.
+    to the reference and entropy, in nats a story; length in tokens; shares closed and in the grammar.
     Keeps the model with the highest win-rate so far in best.pt. For sft, nats a held-out story.
     """
     if s.algo == "sft":
@@ -335,13 +330,13 @@ def evaluate(policy, ref, tokenizer, others, r_ref, s, step):
         logits = full_precision(policy(part[:, :-1]))
         kl.append(token_kl(logits, ref(part[:, :-1]), m))
         entropy.append((torch.distributions.Categorical(logits=logits).entropy() * m).sum(1))
-    length = mask.sum(1)
-    closed = y.gather(1, length[:, None]) == BOS
-    r = expert(tokenizer.decode(y.tolist()))
+    length, closed = mask.sum(1), y.gather(1, mask.sum(1, keepdim=True)) == BOS
+    stories = tokenizer.decode(y.tolist())
+    r = expert(stories)
     win, win_se = win_rate(r, r_ref)
     record(s, step=step, win=win, win_se=win_se, reward=r.mean().item(), kl=torch.cat(kl).mean().item(),
            entropy=torch.cat(entropy).mean().item(), length=length.float().mean().item(),
-           closed=closed.float().mean().item())
+           closed=closed.float().mean().item(), grammar=sum(map(in_grammar, stories)) / len(stories))
     if peak(s.out)["step"] == step:
         save(policy, f"{s.out}/best.pt")
 
@@ -353,25 +348,24 @@ def train(s) -> int:
     ref = load(s.init, s.device).requires_grad_(False)
     policy = load(f"{s.out}/ckpt.pt" if s.resume else s.init, s.device)
     tokenizer = load_tokenizer(s.tokenizer, policy.args.vocab_size)
-    data = load_tokens(f"{s.data}/{file}.npy", policy.args.vocab_size)                  # (N, n, T)
-    others = load_tokens(f"{s.data}/{'heldout' if s.algo == 'sft' else 'ref'}.npy",
-                         policy.args.vocab_size)                                        # (M, 1, T)
-    if min(len(data), len(others)) < s.batch:
-        raise UserError(f"--batch is {s.batch}, but {s.data} has {len(data)} rows, {len(others)} stories.")
+    n = dict(stories=(1,), pairs=(2,), ranked=range(2, 100))[file]  # responses a row
+    data = load_tokens(f"{s.data}/{file}.npy", ref.args, n, s.batch)                    # (N, n, T)
+    others = load_tokens(f"{s.data}/{'heldout' if s.algo == 'sft' else 'ref'}.npy", ref.args, (1,), s.batch)
+    if s.max_new > ref.args.max_seq_len:
+        raise UserError(f"--max_new is {s.max_new}, but the model reads {ref.args.max_seq_len} tokens at most.")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.lr, betas=(0.9, 0.95), fused=True)
-    step, y_kl = take_up(s, optimizer) if s.resume else begin(s)
-    print(textwrap.fill(" ".join(f"{name}={value}" for name, value in vars(s).items()), 80,
-                        break_on_hyphens=False, break_long_words=False))
+    step, y_kl, window = take_up(s, optimizer) if s.resume else begin(s)
+    print(textwrap.fill(" ".join(f"{k}={v}" for k, v in vars(s).items()), 80, break_on_hyphens=False))
 
     ref_logp = data_logp(ref, data, s) if s.algo in ("dpo", "ipo") else torch.zeros(data.shape[:2])
     r_ref = None if s.algo == "sft" else expert(tokenizer.decode(others[:, 0].tolist()))   # (M,)
-    first, began, window, stop = step, time.perf_counter(), [], []
+    first, began, stop = step, time.perf_counter(), []
     # Ctrl-C: the first finishes the step and saves, the second leaves at once
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     print("  step     loss     pref     kl  margin   acc       lr     ms  tok/s   left")
     if step == 0:
         evaluate(policy, ref, tokenizer, others, r_ref, s, 0)
-    while step < s.steps and not stop:
+    while step < s.steps:
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, step)
@@ -401,7 +395,8 @@ def train(s) -> int:
         # 4. AdamW on the clipped gradient
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        if not torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).isfinite():
+            raise UserError(f"the gradient is not finite at step {step}, loss {loss:.3g}: try a lower --lr.")
         optimizer.step()
         step += 1
 
@@ -420,7 +415,9 @@ def train(s) -> int:
             evaluate(policy, ref, tokenizer, others, r_ref, s, step)
         if due or stop:
             save(policy, f"{s.out}/ckpt.pt", optimizer=optimizer.state_dict(), step=step, rollout=y_kl,
-                 settings=vars(s))
+                 window=window, settings=vars(s))
+        if stop:
+            break
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if step == s.steps and s.algo != "sft":
         report(policy, ref, tokenizer, s)
