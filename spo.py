@@ -402,8 +402,8 @@ def train(s) -> int:
 
         # 5. log the mean of the steps since the last line; evaluate; save
         margin = logp[:, 0] - logp[:, 1:].amax(1) if logp.shape[1] > 1 else logp[:, 0] * math.nan
-        terms = torch.stack((loss, pref, kl, margin.mean(), (margin > 0).float().mean())).detach()
-        window.append((terms, y.numel(), time.perf_counter() - started))
+        terms = torch.stack((loss, pref, kl, margin.mean(), torch.where(margin > 0, 1.0, 0 * margin).mean()))
+        window.append((terms.detach(), y.numel(), time.perf_counter() - started))
         if step == 1 or step % s.log_every == 0:
             terms, tokens, seconds = zip(*window)
             loss, pref, kl, margin, accuracy = torch.stack(terms).mean(0).tolist()
