@@ -20,9 +20,9 @@ help:
 train: data
 	@$(PY) spo.py $(strip $(given))
 
-# make the toy world's writer and preferences, once (a minute)
+# make what train needs, once: the toy world's files, or fetch MODEL=stories15M and its tokenizer
 data: $(READY)
-	@$(PY) prepare_data.py toy $(if $(DATA),--data $(DATA)) $(TOY)
+	@$(PY) prepare_data.py $(or $(MODEL),toy) $(if $(DATA),--data $(DATA)) $(TOY)
 
 # run every test
 test: $(READY)

@@ -37,7 +37,7 @@ def load_tokens(path: str, args: ModelArgs, responses: Iterable[int], rows: int)
     try:
         data = np.load(path, mmap_mode="r")
     except FileNotFoundError:
-        raise UserError(f"{path} is not there: make it with `make data`.") from None
+        raise UserError(f"{path} is not there: `make data` makes the toy world's.") from None
     except (ValueError, EOFError, OSError) as e:
         raise UserError(f"{path} is not a token file ({str(e)[:80]}): make it with `make data`.") from None
     if not isinstance(data, np.ndarray) or data.dtype != np.uint16 or data.ndim != 3 or data.size == 0:

@@ -2,17 +2,22 @@
 Everything that puts files under data/.
 
     python prepare_data.py toy          # the embedded world: its writer, and preferences over its stories
+    python prepare_data.py stories15M   # a published checkpoint and its tokenizer, fetched and checked
     python prepare_data.py tokenizer    # tokenizer.model, which is committed
 
 Each step is skipped when its output is there and was made from the same settings and inputs.
 """
 import argparse
 import hashlib
+import http.client
 import json
 import os
 import random
 import shutil
 import tempfile
+import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import sentencepiece
@@ -47,8 +52,7 @@ def make(path: str, maker, inputs: list[str], **settings) -> None:
     """Has maker(path, **settings) make path, unless the same settings and inputs made it, as path.json notes."""
     note = dict(settings)
     for file in inputs:
-        with open(file, "rb") as f:
-            note[os.path.basename(file)] = hashlib.sha256(f.read()).hexdigest()
+        note[os.path.basename(file)] = sha256(file)
     if os.path.exists(path) and os.path.exists(f"{path}.json"):
         with open(f"{path}.json") as f:
             if f.read() == json.dumps(note, indent=1):
@@ -126,13 +130,129 @@ def toy(a) -> None:
     print(f"{a.data} is ready; a perfect writer would have {toyworld.entropy():.2f} nats a story")
 
 
+# ---------------------------------------------------------------------------------------------------
+# Published checkpoints, each with its own tokenizer. HF_ENDPOINT and LLAMA2C_ENDPOINT put a mirror in the
+# place of the two hosts.
+
+HF = "{HF_ENDPOINT}/karpathy/tinyllamas/resolve"
+ENDPOINTS = dict(HF_ENDPOINT="https://huggingface.co", LLAMA2C_ENDPOINT="https://raw.githubusercontent.com")
+LLAMA2 = ("{LLAMA2C_ENDPOINT}/karpathy/llama2.c/350e04fe35433e6d2941dce5a1f53308f87058eb/tokenizer.model", 499_723,
+          "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347")
+# model: address, bytes (0: not known) and sha256 of its checkpoint, and of its tokenizer. The revision that
+# the paper cites, 5c22d0a, has no stories110M.pt.
+PUBLISHED = {
+    "stories260K": ((f"{HF}/cbffbc90324256436c13dc6b4592c82c1e716354/stories260K/stories260K.pt", 0,
+                     "eec953f9d0f139e894ef8996302680e64b24813c7a98425424f5c85f7cf4abb1"),
+                    (f"{HF}/cbffbc90324256436c13dc6b4592c82c1e716354/stories260K/tok512.model", 0,
+                     "dfff07d929db979913f166ec94a6f5ecad4c70cfed8eb5c9cbe7e464455e46f5")),
+    "stories15M": ((f"{HF}/32cc2486abd3c2100a6fcf0ef68a7ee3842407b7/stories15M.pt", 60_789_090,
+                    "3da00c0fef684f3f83b457736837c46ab55e92a26662b61d6104de2d271c708d"), LLAMA2),
+    "stories42M": ((f"{HF}/58e1696980dcbdf80b2dfe876819104a174f5e78/stories42M.pt", 166_787_298,
+                    "fbe124df8794c2e033432c22b59cff64485455b4644046c52a456d0bbd8859fe"), LLAMA2),
+    "stories110M": ((f"{HF}/302d182797471b93cb4d6af3608e501efeeda0c2/stories110M.pt", 438_163_693,
+                     "cdef30b5108d1b5d1c232fcf7e2ea433cc6cdc473aa876af9d8d6ce83bf4b5e0"), LLAMA2),
+}
+TRIES, PAUSE, TIMEOUT = 5, 2.0, 30.0  # of a fetch; seconds before the second try, doubled after each; of silence
+
+
+def sha256(path: str) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fetch(url: str, size: int, digest: str, path: str) -> None:
+    """
+    Fetches url to path unless the right file is there: to path.part, taken up again after a cut, and moved
+    into place only when its size and sha256 are right.
+    """
+    if os.path.exists(path) and sha256(path) == digest:
+        print(f"{path} is there")
+        return
+    part, wait = f"{path}.part", PAUSE
+    for left in reversed(range(TRIES)):
+        try:
+            download(url, part)
+            break
+        except urllib.error.HTTPError as e:
+            trouble, after = f"it answers {e.code} {e.reason}", e.headers.get("Retry-After", "")
+            passing = e.code in (416, 425, 429) or e.code >= 500
+            if e.code == 416:  # nothing is left to send: what is here is too long, or was never checked
+                forget(part)
+        except (OSError, http.client.HTTPException) as e:  # no connection, silence, a cut in mid-body
+            trouble, after, passing = str(getattr(e, "reason", e)) or type(e).__name__, "", True
+        if not passing or not left:
+            raise UserError(f"{url} cannot be fetched ({trouble}): try later, or name a mirror in HF_ENDPOINT or "
+                            "LLAMA2C_ENDPOINT.")
+        pause = min(float(after), 60.0) if after.isdigit() else wait
+        print(f"{url}: {trouble}; again in {pause:.0f} s", flush=True)
+        time.sleep(pause)
+        wait *= 2
+    got, length = sha256(part), os.path.getsize(part)
+    if got != digest or length != (size or length):
+        with open(part, "rb") as f:
+            page = ", a web page" if f.read(512).lstrip()[:1] == b"<" else ""
+        forget(part)
+        raise UserError(f"{url} gave {length} bytes with sha256 {got[:8]}..{page}, not {size or 'those'} with "
+                        f"{digest[:8]}..: nothing was kept; try later or name a mirror.")
+    os.replace(part, path)
+    forget(part)
+
+
+def forget(part: str) -> None:
+    for file in (f"{part}.etag", part):
+        if os.path.exists(file):
+            os.remove(file)
+
+
+def download(url: str, part: str) -> None:
+    """Writes the body of url to part; goes on where an earlier one was cut while the entity tag is the same."""
+    tag, headers = f"{part}.etag", {"User-Agent": "spo"}
+    if os.path.exists(part) and os.path.exists(tag):
+        with open(tag) as f:
+            headers |= {"Range": f"bytes={os.path.getsize(part)}-", "If-Range": f.read()}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
+        going_on = response.status == 206
+        have = first = os.path.getsize(part) if going_on else 0
+        total = have + int(response.headers.get("Content-Length") or 0)
+        began = shown = time.monotonic()
+        if not going_on:
+            forget(part)
+            etag = response.headers.get("ETag", "W/")
+            if not etag.startswith("W/"):  # a weak tag does not promise the same bytes
+                with open(tag, "w") as f:
+                    f.write(etag)
+        with open(part, "ab") as f:
+            while block := response.read(1 << 18):
+                f.write(block)
+                have, now = have + len(block), time.monotonic()
+                if now - shown > 1:
+                    rate, shown = (have - first) / (now - began), now
+                    print(f"\r{os.path.basename(part)[:-5]} {have >> 20} of {total >> 20} MiB, "
+                          f"{rate / 2**20:.1f} MiB/s, {max(0, total - have) / rate:.0f} s left ", end="", flush=True)
+        if shown > began:
+            print()
+    if have < total:
+        raise OSError(f"cut after {have} of {total} bytes")
+
+
+def published(a) -> None:
+    """A checkpoint of the TinyStories models as data/<model>/sft.pt, and its tokenizer beside it."""
+    os.makedirs(a.data, exist_ok=True)
+    endpoints = {name: os.environ.get(name, host).rstrip("/") for name, host in ENDPOINTS.items()}
+    for (url, size, digest), name in zip(PUBLISHED[a.what], ("sft.pt", "tokenizer.model")):
+        fetch(url.format(**endpoints), size, digest, f"{a.data}/{name}")
+    args = load(f"{a.data}/sft.pt").args
+    load_tokenizer(f"{a.data}/tokenizer.model", args.vocab_size)
+    print(f"{a.data} is ready: {args}")
+
+
 def main(argv=None) -> None:
     def error(message):
         raise UserError(f"{message} (see python prepare_data.py --help).")
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("toy", "tokenizer"))
-    p.add_argument("--data", default="data/toy", help="folder the files go to")
+    p.add_argument("what", choices=("toy", *PUBLISHED, "tokenizer"))
+    p.add_argument("--data", help="folder the files go to; default data/<what>")
     p.add_argument("--tokenizer", default="tokenizer.model")
     p.add_argument("--seed", type=int, default=0, help="of the stories, the training and the sampling")
     p.add_argument("--stories", type=int, default=20_000, help="stories of the grammar to learn from")
@@ -144,8 +264,12 @@ def main(argv=None) -> None:
     for name in ("stories", "sft_steps", "pairs", "ref"):
         if getattr(a, name) < 2:
             error(f"--{name} is {getattr(a, name)}: it must be 2 or more")
+    a.data = a.data or f"data/{a.what}"
     try:
-        train_tokenizer(a.tokenizer) if a.what == "tokenizer" else toy(a)
+        if a.what == "tokenizer":
+            train_tokenizer(a.tokenizer)
+        else:
+            toy(a) if a.what == "toy" else published(a)
     except OSError as e:
         raise UserError(f"{e.filename} cannot be written or read ({e.strerror}).") from None
 

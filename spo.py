@@ -221,7 +221,7 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--model", choices=MODELS, default="toy", help="whose defaults, and files under data/")
     p.add_argument("--data", help="folder of sft.pt and token files; default data/<model>")
     p.add_argument("--init", help="start and reference; default <data>/sft.pt")
-    p.add_argument("--tokenizer", default="tokenizer.model", help="the checkpoint's own")
+    p.add_argument("--tokenizer", help="the checkpoint's own; toy: tokenizer.model, else <data>/tokenizer.model")
     p.add_argument("--out", help="the run's folder; default out/<model>-<algo>-<settings>")
     p.add_argument("--seed", type=int, default=0, help="of batches, rollouts and evaluations")
     p.add_argument("--steps", type=int, help="how many")
@@ -253,6 +253,7 @@ def get_args(argv=None) -> argparse.Namespace:
 
     s.data = getattr(s, "data", f"data/{s.model}")
     s.init = getattr(s, "init", f"{s.data}/sft.pt")
+    s.tokenizer = getattr(s, "tokenizer", ("" if s.model == "toy" else f"{s.data}/") + "tokenizer.model")
     name = "-".join([s.model, s.algo, *(f"{n}{getattr(s, n):g}" for n in reads), f"seed{s.seed}"])
     s.out = getattr(s, "out", f"out/{name}").rstrip("/")
     return s

@@ -2,6 +2,8 @@
     python test_spo.py     # Theorems 1 to 4, for the very functions that train: a table, and a matching exit status
     pytest test_spo.py     # these and everything else the project promises
 """
+import hashlib
+import http.server
 import itertools
 import json
 import math
@@ -13,6 +15,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -881,6 +884,108 @@ def test_ctrl_c_finishes_the_step_and_saves(world, tmp_path, when):
     resumed = subprocess.run([*argv, "--steps", str(step + 1), "--eval_every", "100000", "--resume"], cwd=HERE)
     assert resumed.returncode == 0 and read_log(tmp_path / "a")[-1]["step"] == step + 1
 
+
+# ---------------------------------------------------------------------------------------------------
+# Fetching, from a server that can be told to misbehave
+
+BODY = random.Random(0).randbytes(300_000)
+DIGEST = hashlib.sha256(BODY).hexdigest()
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    """A local server; each request takes the next of its replies, (status, headers, body, bytes sent before a cut)."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.asked.append((self.path, dict(self.headers)))
+            status, headers, body, cut = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            if status == 200 and start and self.headers["If-Range"] == headers.get("ETag"):
+                status, body = 206, body[start:]
+            self.send_response(status)
+            for name, value in ({"Content-Length": str(len(body))} | headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body[:cut])
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.replies, server.url = [], [], f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(prepare_data, "PAUSE", 0.01)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+RIGHT = (200, {"ETag": '"a"'}, BODY, None)
+CUT = (200, {"ETag": '"a"'}, BODY, 100_000)
+
+
+def test_fetch_the_right_file_once_and_go_on_after_a_cut(mirror, tmp_path):
+    path = str(tmp_path / "sft.pt")
+    fetch = lambda: prepare_data.fetch(f"{mirror.url}/sft.pt", len(BODY), DIGEST, path)
+    mirror.replies = [CUT, RIGHT]
+    fetch()
+    assert open(path, "rb").read() == BODY and os.listdir(tmp_path) == ["sft.pt"]
+    assert [h.get("Range") for _, h in mirror.asked] == [None, "bytes=100000-"]
+    fetch()
+    assert len(mirror.asked) == 2  # the file that is there and right is not fetched again
+    (tmp_path / "sft.pt").write_bytes(BODY[::-1])
+    fetch()
+    assert len(mirror.asked) == 3 and open(path, "rb").read() == BODY  # a wrong one is
+
+
+@pytest.mark.parametrize("replies", [
+    [CUT, (200, {"ETag": '"b"'}, BODY, None)],                              # the file has changed: from the start
+    [CUT, (416, {}, b"", None), RIGHT], [(200, {}, BODY, 9), (200, {}, BODY, None)],   # no entity tag: likewise
+    [(429, {"Retry-After": "0"}, b"", None), (425, {}, b"", None), (500, {}, b"", None), (503, {}, b"", None), RIGHT],
+])
+def test_fetch_gets_over_passing_trouble(mirror, tmp_path, replies):
+    mirror.replies = replies
+    prepare_data.fetch(f"{mirror.url}/sft.pt", len(BODY), DIGEST, str(tmp_path / "sft.pt"))
+    assert (tmp_path / "sft.pt").read_bytes() == BODY and os.listdir(tmp_path) == ["sft.pt"]
+
+
+@pytest.mark.parametrize("reply, words, tries", [
+    ((404, {}, b"", None), "answers 404", 1), ((410, {}, b"", None), "answers 410", 1), ((403, {}, b"", None), "403", 1),
+    ((500, {}, b"", None), "answers 500", 5), ((429, {"Retry-After": "0"}, b"", None), "answers 429", 5),
+    ((200, {}, BODY[::-1], None), "sha256", 1), ((200, {}, BODY[:-1], None), "299999 bytes", 1),
+    ((200, {}, b"<!doctype html><p>log in</p>", None), "a web page", 1), ((200, {}, BODY, 7), "cut after 7 of", 5),
+])
+def test_fetch_never_puts_a_wrong_file_in_place(mirror, tmp_path, reply, words, tries):
+    mirror.replies = [reply]
+    with pytest.raises(model.UserError, match=words) as error:
+        prepare_data.fetch(f"{mirror.url}/sft.pt", len(BODY), DIGEST, str(tmp_path / "sft.pt"))
+    assert not (tmp_path / "sft.pt").exists() and len(mirror.asked) == tries
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_a_published_model_from_mirrors(mirror, tmp_path, monkeypatch, capsys):
+    """make data MODEL=..., with small files of its own in the place of the published ones."""
+    model.save(tiny(640), tmp_path / "c.pt")
+    checkpoint = (tmp_path / "c.pt").read_bytes()
+    with open(f"{HERE}/tokenizer.model", "rb") as f:
+        tokenizer = f.read()
+    (url, *_), (tokenizer_url, *_) = prepare_data.PUBLISHED["stories15M"]
+    files = [(url, 0, hashlib.sha256(checkpoint).hexdigest()), (tokenizer_url, 0, hashlib.sha256(tokenizer).hexdigest())]
+    monkeypatch.setitem(prepare_data.PUBLISHED, "stories15M", files)
+    monkeypatch.setenv("HF_ENDPOINT", f"{mirror.url}/hf/")
+    monkeypatch.setenv("LLAMA2C_ENDPOINT", f"{mirror.url}/llama2c")
+    mirror.replies = [(200, {}, checkpoint, None), (200, {}, tokenizer, None)]
+    prepare_data.main(["stories15M", "--data", str(tmp_path / "data")])
+    assert [path for path, _ in mirror.asked] == [
+        "/hf/karpathy/tinyllamas/resolve/32cc2486abd3c2100a6fcf0ef68a7ee3842407b7/stories15M.pt",
+        "/llama2c/karpathy/llama2.c/350e04fe35433e6d2941dce5a1f53308f87058eb/tokenizer.model"]
+    assert sorted(os.listdir(tmp_path / "data")) == ["sft.pt", "tokenizer.model"] and "is ready" in capsys.readouterr().out
+    assert all(len(digest) == 64 for pair in prepare_data.PUBLISHED.values() for _, _, digest in pair)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The README
 
 def readme():
     with open(f"{HERE}/README.md", encoding="utf-8") as f:
