@@ -67,17 +67,22 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
 
+def full_precision(x: torch.Tensor) -> torch.Tensor:
+    """x in float32 at least, whatever the dtype of autocast or of the model."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rope_turns(head_dim: int, length: int) -> torch.Tensor:
-    """(length, 1, head_dim / 2): position t turns a head's pair i by the angle t / 10000^(2i / head_dim)."""
+    """(length, 1, head_dim / 2, 2), cos and sin: position t turns a head's pair i by t / 10000^(2i / head_dim)."""
     frequencies = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(length).float(), frequencies)
-    return torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))[:, None]
 
 
 def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     """RoPE: x (B, T, H, head_dim) turned, neighbouring entries as one complex number."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+    pairs = torch.view_as_complex(full_precision(x).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.view_as_complex(full_precision(turns))).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -101,9 +106,7 @@ class Attention(nn.Module):
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU."""
-
+class FeedForward(nn.Module):  # SwiGLU
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
         self.w1 = nn.Linear(dim, hidden_dim, bias=False)
@@ -248,7 +251,7 @@ def export(model: Transformer, path: str) -> None:
     for kind in ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
                  "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
         weights += [layer.get_submodule(kind).weight for layer in layers]
-    weights += [model.norm.weight, model.turns.real, model.turns.imag]
+    weights += [model.norm.weight, model.turns[..., 0], model.turns[..., 1]]
     with open(f"{path}.part", "wb") as f:
         f.write(header)
         for w in weights:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import expert, load_tokenizer, load_tokens, peak, read_log, win_rate
-from model import BOS, UserError, cli, generate, load, read_checkpoint, save
+from model import BOS, UserError, cli, full_precision, generate, load, read_checkpoint, save
 from toyworld import in_grammar
 
 # ---------------------------------------------------------------------------------------------------
@@ -36,11 +36,6 @@ def story_mask(tokens: torch.Tensor) -> torch.Tensor:
     """
     ends = (tokens[:, 1:] == BOS).cumsum(1)
     return F.pad((ends == 0) | ((ends == 1) & (tokens[:, 1:] == BOS)), (1, 0)).long()
-
-
-def full_precision(logits: torch.Tensor) -> torch.Tensor:
-    """Logits in float32 at least, whatever the dtype of autocast."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def seq_logp(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -133,7 +128,6 @@ LOSSES = {
 # The regulariser (Section 3 and Appendix D): KL on the model's own stories, not on the data.
 
 
-
 def token_kl(logits, ref_logits, mask):
     """
     Appendix D: sum over a story's tokens of KL(pi_theta(. | prefix) || pi_ref(. | prefix)) -> (R,) nats,
@@ -144,7 +138,6 @@ def token_kl(logits, ref_logits, mask):
     """
     logp, ref = full_precision(logits).log_softmax(-1), full_precision(ref_logits).log_softmax(-1)
     return ((logp.exp() * (logp - ref)).sum(-1) * mask).sum(1)
-
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -199,7 +192,6 @@ def data_logp(model, data, s):
 TOY = dict(batch=16, steps=500, warmup=50, lr=2e-4, max_new=100, eval_every=50, eval_stories=256)
 # E.2's, but for lr, which the paper does not give: ours, and not measured yet
 PAPER = dict(batch=128, steps=40000, warmup=5000, lr=1e-5, max_new=255, eval_every=1000, eval_stories=1000, R=32)
-DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"]
 MODELS = {"toy": TOY} | dict.fromkeys(("stories260K", "stories15M", "stories42M", "stories110M"), PAPER)
 
 
@@ -232,7 +224,8 @@ def get_args(argv=None) -> argparse.Namespace:
     p.add_argument("--eval_every", type=int, help="steps between evaluations")
     p.add_argument("--eval_stories", type=int, help="fresh stories an evaluation")
     p.add_argument("--log_every", type=int, default=10, help="steps a logged line")
-    p.add_argument("--device", choices=DEVICES, default=DEVICES[0])
+    devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
+    p.add_argument("--device", choices=devices, default=devices[0])
     p.add_argument("--resume", action="store_true", default=False, help="go on from <out>/ckpt.pt")
     s = p.parse_args(argv)
 

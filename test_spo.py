@@ -436,6 +436,14 @@ def test_cache_is_the_full_forward(kv):
     assert torch.equal(greedy, slow)
 
 
+def test_a_model_in_another_dtype_is_the_same_model():
+    tokens = torch.randint(0, 30, (3, 20), generator=torch.Generator().manual_seed(0))
+    full = tiny(30)(tokens)
+    assert torch.allclose(tiny(30).double()(tokens).float(), full, atol=1e-4)
+    half = tiny(30).to(torch.bfloat16)(tokens).float()
+    assert F.cosine_similarity(half.flatten(), full.flatten(), 0) > 0.999
+
+
 def test_generate_frequencies_against_the_exact_softmax():
     m, n = tiny(5, 3), 20_000
     stories = all_stories(5)
@@ -531,7 +539,8 @@ def test_a_checkpoint_of_llama2c_loads_and_exports(tmp_path):
     logits = forward_from_bin(tmp_path / "m.bin", tokens[0].numpy())
     assert np.allclose(logits, m(tokens)[0].detach().numpy(), atol=1e-3)
     # half-split instead of interleaved pairs would not do
-    real, model.rotate = model.rotate, lambda x, turns: torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turns).flatten(-2)
+    real, model.rotate = model.rotate, lambda x, turns: torch.view_as_real(
+        torch.complex(*x.chunk(2, -1)) * torch.view_as_complex(turns)).flatten(-2)
     try:
         assert not np.allclose(logits, m(tokens)[0].detach().numpy(), atol=1e-3)
     finally:
