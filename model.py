@@ -49,7 +49,6 @@ class ModelArgs:
 
 class KVCache:
     """Keys and values of the positions seen so far: one buffer a layer, written in place."""
-
     def __init__(self, max_len: int):
         self.max_len = max_len
         self.length = 0             # positions filled; the model moves it on once a forward
@@ -209,16 +208,16 @@ def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: floa
 # Files
 
 def load(path: str, device: str = "cpu") -> Transformer:
-    """The model in a checkpoint of llama2.c's layout."""
+    """The model in a checkpoint of llama2.c's layout, with or without torch.compile's prefix on its names."""
     checkpoint = read_checkpoint(path, device)
     known = {f.name for f in fields(ModelArgs)}
     try:
         model = Transformer(ModelArgs(**{k: v for k, v in checkpoint["model_args"].items() if k in known}))
-        # torch.compile leaves its prefix on the names
         weights = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
         model.load_state_dict(weights, strict=True)
     except (RuntimeError, TypeError, ValueError, ZeroDivisionError, AttributeError) as e:
-        raise UserError(f"{path}: its weights do not fit its model_args ({' '.join(str(e).split())[:120]}).") from None
+        reason = " ".join(str(e).split())[:120]
+        raise UserError(f"{path}: its weights do not fit its model_args ({reason}).") from None
     return model.to(device)
 
 
@@ -229,7 +228,8 @@ def read_checkpoint(path: str, device: str = "cpu") -> dict:
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # a damaged file can fail in any of the unpickler's ways
-        raise UserError(f"{path} cannot be read as a checkpoint ({type(e).__name__}: {' '.join(str(e).split())[:90]}): "
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:120]
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason}): "
                         "it is cut short or something else; make it again.") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path} is not a llama2.c checkpoint: it lacks `model` or `model_args`.")

@@ -10,11 +10,11 @@ Each step is skipped when its output is there and was made from the same setting
 import argparse
 import hashlib
 import http.client
+import io
 import json
 import os
 import random
 import shutil
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -38,13 +38,13 @@ PAIRS, RANKED, REF = range(100, 103)  # what stories are sampled for: keys of sp
 
 def train_tokenizer(path: str) -> None:
     """The toy world's BPE, learned from its own stories; without byte fallback, most words are one piece."""
-    rng = random.Random(0)
-    with tempfile.TemporaryDirectory() as folder:
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=(toyworld.write_story(rng) for _ in range(20_000)), model_type="bpe",
-            vocab_size=VOCAB, character_coverage=1.0, normalization_rule_name="identity",
-            model_prefix=f"{folder}/toy", minloglevel=2)
-        shutil.copy(f"{folder}/toy.model", f"{path}.part")
+    rng, learned = random.Random(0), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=(toyworld.write_story(rng) for _ in range(20_000)), model_writer=learned,
+        model_type="bpe", vocab_size=VOCAB, character_coverage=1.0, normalization_rule_name="identity",
+        minloglevel=2)
+    with open(f"{path}.part", "wb") as f:
+        f.write(learned.getvalue())
     os.replace(f"{path}.part", path)
 
 

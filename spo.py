@@ -338,27 +338,26 @@ def evaluate(policy, ref, tokenizer, others, r_ref, s, step):
 def train(s) -> int:
     """Minimises Eq. 1 from s.init, which is the reference too, on the data in s.data -> the step reached."""
     loss_of, file, reads = LOSSES[s.algo]
-    # everything is read before anything is written
     ref = load(s.init, s.device).requires_grad_(False)
     policy = load(f"{s.out}/ckpt.pt" if s.resume else s.init, s.device)
     tokenizer = load_tokenizer(s.tokenizer, policy.args.vocab_size)
     n = dict(stories=(1,), pairs=(2,), ranked=range(2, 100))[file]  # responses a row
     data = load_tokens(f"{s.data}/{file}.npy", ref.args, n, s.batch)                    # (N, n, T)
     others = load_tokens(f"{s.data}/{'heldout' if s.algo == 'sft' else 'ref'}.npy", ref.args, (1,), s.batch)
-    if s.max_new > ref.args.max_seq_len:
-        raise UserError(f"--max_new is {s.max_new}, but the model reads {ref.args.max_seq_len} tokens at most.")
+    if s.max_new > (longest := ref.args.max_seq_len):
+        raise UserError(f"--max_new is {s.max_new}, but the model reads {longest} tokens at most.")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.lr, betas=(0.9, 0.95), fused=True)
     step, y_kl, window = take_up(s, optimizer) if s.resume else begin(s)
     print(textwrap.fill(" ".join(f"{k}={v}" for k, v in vars(s).items()), 80, break_on_hyphens=False))
 
     ref_logp = data_logp(ref, data, s) if s.algo in ("dpo", "ipo") else torch.zeros(data.shape[:2])
     r_ref = None if s.algo == "sft" else expert(tokenizer.decode(others[:, 0].tolist()))   # (M,)
+    # the first Ctrl-C finishes the step and saves, the second leaves at once
     first, began, stop = step, time.perf_counter(), []
-    # Ctrl-C: the first finishes the step and saves, the second leaves at once
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     print("  step     loss     pref     kl  margin   acc       lr     ms  tok/s   left")
     if step == 0:
-        evaluate(policy, ref, tokenizer, others, r_ref, s, 0)
+        evaluate(policy, ref, tokenizer, others, r_ref, s, step)
     while step < s.steps:
         started = time.perf_counter()
         for group in optimizer.param_groups:
@@ -408,8 +407,8 @@ def train(s) -> int:
         if due := step % s.eval_every == 0 or step == s.steps:
             evaluate(policy, ref, tokenizer, others, r_ref, s, step)
         if due or stop:
-            save(policy, f"{s.out}/ckpt.pt", optimizer=optimizer.state_dict(), step=step, rollout=y_kl,
-                 window=window, settings=vars(s))
+            save(policy, f"{s.out}/ckpt.pt", settings=vars(s), step=step, optimizer=optimizer.state_dict(),
+                 rollout=y_kl, window=window)
         if stop:
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)

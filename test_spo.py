@@ -55,7 +55,8 @@ def uneven(n, seed=0):
 
 def plackett_luce(rows):
     """Eq. 3: the probability of each order in rows (B, n), best first."""
-    return torch.stack([(r[rows[:, k]] - r[rows[:, k:]].logsumexp(1)).exp() for k in range(rows.shape[1] - 1)]).prod(0)
+    return torch.stack([(r[rows[:, k]] - r[rows[:, k:]].logsumexp(1)).exp()
+                        for k in range(rows.shape[1] - 1)]).prod(0)
 
 
 PAIRS, q_pairs = uneven(2)
@@ -117,14 +118,15 @@ def theory():
         target = (r / alpha).softmax(0)
         pairs = lambda logp, mu=None: D_PAIRS @ spo.spo_loss(logp[W], logp[L], alpha, mu)
         weight = lambda logp: spo.pair_weight(logp[W], logp[L], gamma=0.5)
+        best_of = lambda logp, mu: best_is_first @ spo.best_of_n_loss(logp[trios], first, alpha, mu[:, 0])
         learned = {
             "1  Eq. 9": minimise(pairs),
             "2  Eq. 11": follow_flow(lambda logp: pairs(logp, weight(logp))),
-            "3  Eq. 14": minimise(lambda logp: best_is_first @ spo.best_of_n_loss(logp[trios], first, alpha, mu[:, 0])),
+            "3  Eq. 14": minimise(lambda logp: best_of(logp, mu)),
             "4  Eq. 15": minimise(lambda logp: ranked @ spo.ranked_loss(logp[trios], alpha, mu)),
             # the controls: mu is the winner's own pi, or depends on which response is first
             "not 2": follow_flow(lambda logp: pairs(logp, logp[W].detach().exp())),
-            "not 3": minimise(lambda logp: best_is_first @ spo.best_of_n_loss(logp[trios], first, alpha, skew[:, 0])),
+            "not 3": minimise(lambda logp: best_of(logp, skew)),
             "not 4": minimise(lambda logp: ranked @ spo.ranked_loss(logp[trios], alpha, skew)),
         }
         for name, pi in learned.items():
@@ -146,8 +148,8 @@ def print_theory() -> bool:
     print("\nall as the theorems say" if good else "\nNOT as the theorems say")
     sequence, kl, pi, gradient, token, _ = token_kl_by_enumeration()
     print(f"\nToken KL of a model whose stories can be enumerated: {pi @ kl:.6f}, sequence KL {sequence:.6f};\n"
-          f"its gradient, the prefixes held fixed, is {(token - gradient).norm() / gradient.norm():.0%} off the exact one "
-          f"(cosine {F.cosine_similarity(token, gradient, 0):.2f}).")
+          f"its gradient, the prefixes held fixed, is {(token - gradient).norm() / gradient.norm():.0%} "
+          f"off the exact one (cosine {F.cosine_similarity(token, gradient, 0):.2f}).")
     return good
 
 
@@ -224,7 +226,8 @@ def test_losses_are_the_formulas(alpha):
             (spo.spo_loss(lw, ll, alpha), -math.log(pw / (pw + pl)) / alpha),
             (spo.spo_loss(lw, ll, alpha, mu7), -mu7[i].item() * math.log(pw / (pw + pl)) / alpha),
             (spo.spo_loss(lw, ll, 0.0, mu7), -mu7[i].item() * math.log(math.exp(w) / math.exp(l)) / 2),
-            (spo.best_of_n_loss(logps, best, alpha, mu7), -mu7[i].item() * math.log(p[i][best[i]] / sum(p[i])) / alpha),
+            (spo.best_of_n_loss(logps, best, alpha, mu7),
+             -mu7[i].item() * math.log(p[i][best[i]] / sum(p[i])) / alpha),
             (spo.ranked_loss(logps, alpha, mu73), sum(rank)),
             (spo.dpo_loss(lw, ll, rw, rl, beta), -math.log(sigmoid(beta * margin))),
             (spo.ipo_loss(lw, ll, rw, rl, beta), (margin - 1 / (2 * beta)) ** 2),
@@ -266,7 +269,7 @@ def test_loss_identities():
 
 
 def test_losses_import_with_nothing_but_torch():
-    program = "import sys; sys.modules |= dict(numpy=None, sentencepiece=None); from spo import spo_loss, token_kl, seq_logp"
+    program = "import sys; sys.modules |= dict(numpy=None, sentencepiece=None); from spo import spo_loss, token_kl"
     assert subprocess.run([sys.executable, "-c", program], cwd=HERE, stderr=subprocess.DEVNULL).returncode == 0
 
 
@@ -292,8 +295,8 @@ def test_finite_at_gaps_of_ten_thousand():
         ref = torch.zeros(2)
         for loss in ([spo.spo_loss(a, b, alpha) for alpha in (0.0, 0.01, 1.0)]
                      + [spo.spo_loss(a, b, 1.0, spo.pair_weight(a, b, 1.0)), spo.best_of_n_loss(many, zero, 1.0),
-                        spo.ranked_loss(many, 1.0), spo.dpo_loss(a, b, ref, ref, 1.0), spo.ipo_loss(a, b, ref, ref, 0.1),
-                        spo.slic_loss(a, b, 1.0)]):
+                        spo.ranked_loss(many, 1.0), spo.dpo_loss(a, b, ref, ref, 1.0),
+                        spo.ipo_loss(a, b, ref, ref, 0.1), spo.slic_loss(a, b, 1.0)]):
             assert loss.isfinite().all() and all(z.isfinite().all() for z in torch.autograd.grad(loss.sum(), (a, b)))
     assert spo.pair_weight(torch.tensor([-1e4, 0.0]), torch.tensor([-1e4, 0.0]), 1.0).isfinite().all()
 
@@ -304,7 +307,8 @@ def test_finite_at_gaps_of_ten_thousand():
 def tiny(vocab=5, seed=0, **more):
     """An untrained model, its weights larger than at the start of training so that nothing is nearly uniform."""
     torch.manual_seed(seed)
-    m = Transformer(ModelArgs(**dict(dim=16, n_layers=2, n_heads=4, vocab_size=vocab, multiple_of=4, max_seq_len=64) | more))
+    args = dict(dim=16, n_layers=2, n_heads=4, vocab_size=vocab, multiple_of=4, max_seq_len=64) | more
+    m = Transformer(ModelArgs(**args))
     with torch.no_grad():
         m.tok_embeddings.weight.mul_(40)
     return m
@@ -312,7 +316,8 @@ def tiny(vocab=5, seed=0, **more):
 
 def test_story_mask_counts_the_story_and_its_end():
     tokens = torch.tensor([[1, 5, 6, 1, 1, 1], [1, 5, 6, 7, 8, 9], [1, 1, 1, 1, 1, 1], [1, 5, 6, 7, 8, 1]])
-    assert spo.story_mask(tokens).tolist() == [[0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
+    assert spo.story_mask(tokens).tolist() == [
+        [0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
 
 
 def test_seq_logp_against_a_slow_loop():
@@ -356,7 +361,7 @@ def all_stories(vocab):
 
 
 def token_kl_by_enumeration():
-    """Both KLs of two small models in nats, exact, and their gradients: (sequence, token, token + what it leaves out)."""
+    """Sequence KL and token KLs of two small models, exact; gradients of both, and with what the latter leaves out."""
     policy, ref, y = tiny(4, 0).double(), tiny(4, 1).double(), all_stories(4)
     mask = spo.story_mask(y)
     logp = spo.seq_logp(policy, y, mask)
@@ -458,7 +463,8 @@ def test_generate_frequencies_against_the_exact_softmax():
         df = len(counts) - 1
         return (((counts - expected) ** 2 / expected).sum().item() - df) / math.sqrt(2 * df)
 
-    draw = lambda **how: generate(m, torch.full((n, 1), BOS), LONGEST, generator=torch.Generator().manual_seed(0), **how)
+    seed = lambda: torch.Generator().manual_seed(0)
+    draw = lambda **how: generate(m, torch.full((n, 1), BOS), LONGEST, generator=seed(), **how)
     assert abs(excess(draw())) < 5 < excess(draw(temperature=1.1))
     assert len(generate(m, torch.full((500, 1), BOS), 1, top_k=2)[:, 1].unique()) <= 2
 
@@ -486,8 +492,9 @@ def forward_from_bin(path, tokens):
         return data[position - math.prod(shape):position].reshape(shape)
 
     embedding, norm1 = take(vocab, dim), take(layers, dim)
-    wq, wk, wv, wo = take(layers, dim, dim), take(layers, kv_heads * hd, dim), take(layers, kv_heads * hd, dim), take(layers, dim, dim)
-    norm2, w1, w2, w3 = take(layers, dim), take(layers, hidden, dim), take(layers, dim, hidden), take(layers, hidden, dim)
+    wq, wk, wv, wo = (take(layers, rows, dim) for rows in (dim, kv_heads * hd, kv_heads * hd, dim))
+    norm2, w1 = take(layers, dim), take(layers, hidden, dim)
+    w2, w3 = take(layers, dim, hidden), take(layers, hidden, dim)
     norm, cos, sin = take(dim), take(length, hd // 2), take(length, hd // 2)
     assert position == len(data) and vocab > 0
     rms = lambda x, w: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * w
@@ -519,7 +526,8 @@ def test_a_checkpoint_of_llama2c_loads_and_exports(tmp_path):
         for name, p in m.named_parameters():
             if name.endswith("norm.weight"):
                 p.uniform_(0.5, 1.5)
-    args = dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=30, multiple_of=4, max_seq_len=64, dropout=0.1)
+    args = dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=30, multiple_of=4, max_seq_len=64,
+                dropout=0.1)
     torch.save({"model": {f"_orig_mod.{name}": w for name, w in m.state_dict().items()}, "model_args": args,
                 "config": {"device": "cuda"}, "iter_num": 7, "best_val_loss": torch.tensor(1.0)}, tmp_path / "c.pt")
     loaded = model.load(tmp_path / "c.pt")
@@ -551,15 +559,17 @@ def test_a_checkpoint_of_llama2c_loads_and_exports(tmp_path):
 # The toy world
 
 def test_entropy_is_exact():
-    """Stage by stage, over every sentence of one hero and thing: all differ, and their entropies are the formula's."""
+    """Stage by stage, over every sentence of one hero and thing: all differ, and add up to the formula."""
+    halves = (1 - toyworld.RICH, toyworld.RICH)
+
     def every(template, agreed):
         """(sentence, probability) of each way to fill the template."""
         slots = [name for name in re.findall(r"{(\w+)}", template) if name not in agreed]
-        words = [[(w, p / len(half)) for half, p in zip(toyworld.SLOTS[s], (1 - toyworld.RICH, toyworld.RICH)) for w in half]
-                 for s in slots]
+        words = [[(w, p / len(half)) for half, p in zip(toyworld.SLOTS[s], halves) for w in half] for s in slots]
         for choice in itertools.product(*words):
             fill = iter(w for w, _ in choice)
-            yield (re.sub(r"{(\w+)}", lambda m: agreed.get(m[1]) or next(fill), template), math.prod(p for _, p in choice))
+            sentence = re.sub(r"{(\w+)}", lambda m: agreed.get(m[1]) or next(fill), template)
+            yield sentence, math.prod(p for _, p in choice)
 
     agreed = toyworld.agreement("Mia") | {"thing": "telescope"}
     total = math.log(10) - sum(len(half) * p / len(half) * math.log(p / len(half))
@@ -569,7 +579,8 @@ def test_entropy_is_exact():
         sentences = [(s, chance * p / len(templates)) for t in templates for s, p in every(t, agreed)]
         assert seen.isdisjoint(s for s, _ in sentences) and len(sentences) == len({s for s, _ in sentences})
         seen |= {s for s, _ in sentences}
-        total -= sum(p * math.log(p) for _, p in sentences) + ((1 - chance) * math.log(1 - chance) if chance < 1 else 0)
+        total -= sum(p * math.log(p) for _, p in sentences)
+        total -= (1 - chance) * math.log(1 - chance) if chance < 1 else 0
     assert total == pytest.approx(toyworld.entropy(), rel=1e-9)
 
 
@@ -684,7 +695,7 @@ def test_every_algorithm_starts_at_the_reference_moves_and_resumes(world, tmp_pa
 
 @pytest.mark.parametrize("algo", spo.LOSSES)
 def test_train_minimises_what_it_says(world, tmp_path, algo):
-    """The first logged loss from its formula and the reference; the later ones from the parts; and the data learned."""
+    """The first logged loss from its formula, each from its parts, and the better response gaining."""
     init = ["--init", f"{world}/init.pt"] if algo == "sft" else []
     flags = ["--algo", algo, *init, "--steps", "40", "--log_every", "1", "--eval_every", "100", "--lr", "3e-3"]
     log = [r for r in run(world, tmp_path / "a", *flags) if "loss" in r]
@@ -699,7 +710,8 @@ def test_train_minimises_what_it_says(world, tmp_path, algo):
     expected = {
         "spo": lambda: (1 + (0.01 * (l - w)).exp()).log() / 0.01,
         "best_of_n": lambda: (1 + (0.01 * (other - w[:, None])).exp().sum(1)).log() / 0.01,
-        "ranked": lambda: sum((1 + (0.01 * (logp[:, k + 1:] - logp[:, k:k + 1])).exp().sum(1)).log() / 0.01 for k in range(3)),
+        "ranked": lambda: sum((1 + (0.01 * (logp[:, k + 1:] - logp[:, k:k + 1])).exp().sum(1)).log() / 0.01
+                              for k in range(3)),
         "dpo": lambda: zero + math.log(2), "ipo": lambda: zero + (1 / (2 * beta)) ** 2,
         "slic": lambda: (10 - w + l).clamp(min=0), "sft": lambda: -w,
     }[algo]().mean().item()
@@ -712,7 +724,8 @@ def test_train_minimises_what_it_says(world, tmp_path, algo):
     if algo == "slic":
         rows = spo.batch_rows(len(np.load(f"{world}/ref.npy")), s, spo.SLIC, 0).numpy()
         z = torch.from_numpy(np.load(f"{world}/ref.npy")[rows, 0].astype(int))
-        assert log[0]["loss"] - expected == pytest.approx(-beta * spo.seq_logp(ref, z, spo.story_mask(z)).mean().item(), rel=1e-4)
+        nll = -spo.seq_logp(ref, z, spo.story_mask(z)).mean().item()
+        assert log[0]["loss"] - expected == pytest.approx(beta * nll, rel=1e-4)
     # the loss of the last steps is below that of the first, and the better response gains on the others
     early, late = log[:6], log[-6:]
     assert np.mean([r["pref"] for r in late]) < np.mean([r["pref"] for r in early])
@@ -768,7 +781,8 @@ def test_schedule_and_batches(world):
     s = spo.get_args("--steps 100 --warmup 10 --lr 1".split())
     assert [spo.learning_rate(s, t) for t in (0, 4, 9, 10, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1])
     s = spo.get_args("--algo sft --steps 110 --warmup 10 --lr 1".split())
-    assert [spo.learning_rate(s, t) for t in (4, 10, 60, 85, 110)] == pytest.approx([0.5, 1, 0.5, (1 - 0.5 ** 0.5) / 2, 0])
+    lrs = [spo.learning_rate(s, t) for t in (4, 10, 60, 85, 110)]
+    assert lrs == pytest.approx([0.5, 1, 0.5, (1 - 0.5 ** 0.5) / 2, 0])
     s.batch = 8
     one_pass = torch.cat([spo.batch_rows(43, s, spo.BATCH, t) for t in range(5)])
     assert len(one_pass) == len(one_pass.unique()) == 40 and one_pass.max() < 43
@@ -797,7 +811,13 @@ def test_rollouts_every_k_steps_and_the_reference_reads_each_once(world, tmp_pat
     def load(*args):
         m = real_load(*args)
         forward = m.forward
-        m.forward = lambda tokens, cache=None: (read.append(m) if len(tokens) == 5 else None, forward(tokens, cache))[1]
+
+        def counting(tokens, cache=None):
+            if len(tokens) == 5:
+                read.append(m)
+            return forward(tokens, cache)
+
+        m.forward = counting
         return m
 
     monkeypatch.setattr(spo, "sample", sample)
@@ -903,7 +923,7 @@ DIGEST = hashlib.sha256(BODY).hexdigest()
 
 @pytest.fixture
 def mirror(monkeypatch):
-    """A local server; each request takes the next of its replies, (status, headers, body, bytes sent before a cut)."""
+    """A local server; a request takes the next of its replies: status, headers, body, bytes before a cut."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             server.asked.append((self.path, dict(self.headers)))
@@ -980,7 +1000,7 @@ def test_a_published_model_from_mirrors(mirror, tmp_path, monkeypatch, capsys):
     with open(f"{HERE}/tokenizer.model", "rb") as f:
         tokenizer = f.read()
     (url, *_), (tokenizer_url, *_) = prepare_data.PUBLISHED["stories15M"]
-    files = [(url, 0, hashlib.sha256(checkpoint).hexdigest()), (tokenizer_url, 0, hashlib.sha256(tokenizer).hexdigest())]
+    files = [(url, 0, hashlib.sha256(body).hexdigest()) for url, body in ((url, checkpoint), (tokenizer_url, tokenizer))]
     monkeypatch.setitem(prepare_data.PUBLISHED, "stories15M", files)
     monkeypatch.setenv("HF_ENDPOINT", f"{mirror.url}/hf/")
     monkeypatch.setenv("LLAMA2C_ENDPOINT", f"{mirror.url}/llama2c")
@@ -989,7 +1009,8 @@ def test_a_published_model_from_mirrors(mirror, tmp_path, monkeypatch, capsys):
     assert [path for path, _ in mirror.asked] == [
         "/hf/karpathy/tinyllamas/resolve/32cc2486abd3c2100a6fcf0ef68a7ee3842407b7/stories15M.pt",
         "/llama2c/karpathy/llama2.c/350e04fe35433e6d2941dce5a1f53308f87058eb/tokenizer.model"]
-    assert sorted(os.listdir(tmp_path / "data")) == ["sft.pt", "tokenizer.model"] and "is ready" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "data")) == ["sft.pt", "tokenizer.model"]
+    assert "is ready" in capsys.readouterr().out
     assert all(len(digest) == 64 for pair in prepare_data.PUBLISHED.values() for _, _, digest in pair)
 
 
