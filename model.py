@@ -185,7 +185,7 @@ def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: floa
     cache = KVCache(P + max_new_tokens)
     new = prompt
     for t in range(max_new_tokens):
-        logits = model(new, cache)[:, -1].float()                     # (B, V)
+        logits = full_precision(model(new, cache)[:, -1])             # (B, V)
         if temperature == 0:
             pick = logits.argmax(-1)
         else:

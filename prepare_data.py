@@ -48,11 +48,14 @@ def train_tokenizer(path: str) -> None:
     os.replace(f"{path}.part", path)
 
 
+def sha256(path: str) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def make(path: str, maker, inputs: list[str], **settings) -> None:
     """Has maker(path, **settings) make path, unless the same settings and inputs made it, as path.json notes."""
-    note = dict(settings)
-    for file in inputs:
-        note[os.path.basename(file)] = sha256(file)
+    note = settings | {os.path.basename(file): sha256(file) for file in inputs}
     if os.path.exists(path) and os.path.exists(f"{path}.json"):
         with open(f"{path}.json") as f:
             if f.read() == json.dumps(note, indent=1):
@@ -153,11 +156,6 @@ PUBLISHED = {
                      "cdef30b5108d1b5d1c232fcf7e2ea433cc6cdc473aa876af9d8d6ce83bf4b5e0"), LLAMA2),
 }
 TRIES, PAUSE, TIMEOUT = 5, 2.0, 30.0  # of a fetch; seconds before the second try, doubled after each; of silence
-
-
-def sha256(path: str) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fetch(url: str, size: int, digest: str, path: str) -> None:
@@ -271,7 +269,7 @@ def main(argv=None) -> None:
         else:
             toy(a) if a.what == "toy" else published(a)
     except OSError as e:
-        raise UserError(f"{e.filename} cannot be written or read ({e.strerror}).") from None
+        raise UserError(f"{e.filename or a.data} cannot be written or read ({e.strerror}).") from None
 
 
 if __name__ == "__main__":

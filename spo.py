@@ -324,7 +324,8 @@ def evaluate(policy, ref, tokenizer, others, r_ref, s, step):
         logits = full_precision(policy(part[:, :-1]))
         kl.append(token_kl(logits, ref(part[:, :-1]), m))
         entropy.append((torch.distributions.Categorical(logits=logits).entropy() * m).sum(1))
-    length, closed = mask.sum(1), y.gather(1, mask.sum(1, keepdim=True)) == BOS
+    length = mask.sum(1, keepdim=True)
+    closed = y.gather(1, length) == BOS
     stories = tokenizer.decode(y.tolist())
     r = expert(stories)
     win, win_se = win_rate(r, r_ref)

@@ -5,7 +5,6 @@
 import hashlib
 import http.server
 import itertools
-import json
 import math
 import os
 import random
@@ -27,6 +26,7 @@ import model
 import prepare_data
 import spo
 import toyworld
+from evaluate import read_log
 from model import BOS, KVCache, ModelArgs, Transformer, generate
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -648,11 +648,6 @@ def run(world, out, *flags):
     argv = SHORT + (["--lr", "1e-3"] if "--lr" not in flags else [])
     spo.train(spo.get_args(argv + ["--data", world, "--out", str(out), *flags]))
     return read_log(out)
-
-
-def read_log(out):
-    with open(f"{out}/log.jsonl") as f:
-        return [json.loads(line) for line in f]
 
 
 def numbers(log):
