@@ -8,7 +8,7 @@
 PY = .venv/bin/python
 READY = $(if $(filter .venv/%,$(PY)),.venv/ready)
 SETTINGS = ALGO ALPHA BETA GAMMA DELTA R K MODEL DATA INIT TOKENIZER OUT SEED STEPS BATCH LR WARMUP \
-           MAX_NEW EVAL_EVERY EVAL_STORIES LOG_EVERY DEVICE
+           MAX_NEW EVAL_EVERY EVAL_STORIES LOG_EVERY DEVICE KL JUDGE
 flag = --$(if $(filter R,$1),R,$(shell echo $1 | tr A-Z a-z))
 given = $(foreach s,$(SETTINGS),$(if $($s),$(call flag,$s) $($s))) $(if $(RESUME),--resume)
 
@@ -23,6 +23,11 @@ train: data
 # make what train needs, once: the toy world's files, or fetch MODEL=stories15M and its tokenizer
 data: $(READY)
 	@$(PY) prepare_data.py $(or $(MODEL),toy) $(if $(DATA),--data $(DATA)) $(TOY)
+
+# Table 1 and Figure 1 on the toy world, or with MODEL=toy-naive: under an hour on two cores
+report: data
+	@$(if $(READY),$(PY) -m pip install -q matplotlib==3.11.2)
+	@$(PY) evaluate.py report $(if $(MODEL),--model $(MODEL))
 
 # run every test
 test: $(READY)
@@ -42,4 +47,4 @@ clean:
 	.venv/bin/python -m pip install -q -r requirements.txt
 	@touch $@
 
-.PHONY: help train data test theory clean
+.PHONY: help train data report test theory clean

@@ -146,6 +146,13 @@ class Transformer(nn.Module):
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.02 if name.startswith("tok_embeddings") else args.dim ** -0.5)
 
+    def scalar_head(self):
+        """Turns this into a reward model: one number a position in the place of the logits, 0 to begin with."""
+        if len(self.output.weight) > 1:
+            self.output = nn.Linear(self.args.dim, 1, bias=False)
+            nn.init.zeros_(self.output.weight)
+        return self
+
     def forward(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """
         tokens (B, T) -> logits (B, T, V); logits[:, t] are those of the token after tokens[:, t].
@@ -214,6 +221,8 @@ def load(path: str, device: str = "cpu") -> Transformer:
     try:
         model = Transformer(ModelArgs(**{k: v for k, v in checkpoint["model_args"].items() if k in known}))
         weights = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
+        if len(weights["output.weight"]) == 1:
+            model.scalar_head()
         model.load_state_dict(weights, strict=True)
     except (RuntimeError, TypeError, ValueError, ZeroDivisionError, AttributeError) as e:
         reason = " ".join(str(e).split())[:120]

@@ -33,7 +33,7 @@ from model import BOS, ModelArgs, Transformer, UserError, cli, load, save
 VOCAB = 640
 WRITER = dict(dim=64, n_layers=3, n_heads=4, multiple_of=4, max_seq_len=128, vocab_size=VOCAB)
 SFT = "--batch 32 --lr 5e-3 --log_every 100 --eval_every 250"
-PAIRS, RANKED, REF = range(100, 103)  # what stories are sampled for: keys of spo.rng
+PAIRS, RANKED, REF, HELDOUT = range(100, 104)  # what stories are sampled for: keys of spo.rng
 
 
 def train_tokenizer(path: str) -> None:
@@ -100,7 +100,7 @@ def toy(a) -> None:
     """The embedded world: the grammar's stories, the writer they train, its stories as the expert ranks them."""
     os.makedirs(a.data, exist_ok=True)
     tokenizer = load_tokenizer(a.tokenizer, VOCAB)
-    s = spo.get_args([*f"--algo sft --seed {a.seed} --steps {a.sft_steps} {SFT}".split(), "--data", a.data,
+    s = spo.get_args([*f"--algo sft --model {a.what} --seed {a.seed} --steps {a.sft_steps} {SFT}".split(), "--data", a.data,
                       "--init", f"{a.data}/init.pt", "--out", f"{a.data}/sft", "--tokenizer", a.tokenizer])
 
     def write(path, n, seed):
@@ -118,7 +118,8 @@ def toy(a) -> None:
 
     def collect(path, rows, n, seed, purpose):
         stories = sample_stories(load(f"{a.data}/sft.pt", s.device), rows * n, s, purpose)
-        r = expert(tokenizer.decode(stories.tolist())).view(rows, n)
+        taste = "naive" if s.judge == "naive" else "limited"
+        r = expert(tokenizer.decode(stories.tolist()), taste).view(rows, n)
         write_tokens(path, rank(stories.view(rows, n, -1), r, spo.rng(seed, purpose)))
 
     world = [a.tokenizer, toyworld.__file__]
@@ -126,10 +127,11 @@ def toy(a) -> None:
     make(f"{a.data}/heldout.npy", write, world, n=1000, seed=2 * a.seed + 1)
     make(f"{a.data}/sft.pt", pretrain, [f"{a.data}/stories.npy"], seed=a.seed, steps=a.sft_steps,
          flags=SFT, **WRITER)
-    for name, rows, n, purpose in (("pairs", a.pairs, 2, PAIRS), ("ranked", a.pairs // 2, 4, RANKED),
-                                   ("ref", a.ref, 1, REF)):
+    for name, rows, n, purpose in (("pairs", a.pairs, 2, PAIRS), ("heldout_pairs", a.pairs // 8, 2, HELDOUT),
+                                   ("ranked", a.pairs // 2, 4, RANKED), ("ref", a.ref, 1, REF)):
         make(f"{a.data}/{name}.npy", collect, [f"{a.data}/sft.pt", *world], rows=rows, n=n, seed=a.seed,
              purpose=purpose)
+    make(f"{a.data}/best.npy", lambda path: shutil.copyfile(f"{a.data}/ranked.npy", path), [f"{a.data}/ranked.npy"])
     print(f"{a.data} is ready; a perfect writer would have {toyworld.entropy():.2f} nats a story")
 
 
@@ -249,7 +251,7 @@ def main(argv=None) -> None:
         raise UserError(f"{message} (see python prepare_data.py --help).")
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("toy", *PUBLISHED, "tokenizer"))
+    p.add_argument("what", choices=("toy", "toy-naive", *PUBLISHED, "tokenizer"))
     p.add_argument("--data", help="folder the files go to; default data/<what>")
     p.add_argument("--tokenizer", default="tokenizer.model")
     p.add_argument("--seed", type=int, default=0, help="of the stories, the training and the sampling")
@@ -267,7 +269,7 @@ def main(argv=None) -> None:
         if a.what == "tokenizer":
             train_tokenizer(a.tokenizer)
         else:
-            toy(a) if a.what == "toy" else published(a)
+            toy(a) if a.what.startswith("toy") else published(a)
     except OSError as e:
         raise UserError(f"{e.filename or a.data} cannot be written or read ({e.strerror}).") from None
 

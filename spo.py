@@ -20,9 +20,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from evaluate import expert, load_tokenizer, load_tokens, peak, read_log, win_rate
+from evaluate import JUDGES, judge_of, load_tokenizer, load_tokens, peak, read_log, story_reward
 from model import BOS, UserError, cli, full_precision, generate, load, read_checkpoint, save
-from toyworld import in_grammar
 
 # ---------------------------------------------------------------------------------------------------
 # log pi(y): the sum over a story's tokens, the closing BOS among them, so that pi is a distribution
@@ -110,18 +109,21 @@ LOSSES = {
     "spo": (lambda s, logp, ref: spo_loss(
                 logp[:, 0], logp[:, 1], s.alpha,
                 pair_weight(logp[:, 0], logp[:, 1], s.gamma) if s.gamma > 0 else None),
-            "pairs", dict(alpha=0.01, beta=0.05, gamma=0.0, R=8, k=8)),
+            "pairs", dict(alpha=0.01, beta=0.05, gamma=0.0, R=8, k=8, kl="token")),
     "best_of_n": (lambda s, logp, ref: best_of_n_loss(
                       logp, torch.zeros(len(logp), dtype=torch.long, device=logp.device), s.alpha),
-                  "ranked", dict(alpha=0.01, beta=0.1, R=8, k=8)),
-    "ranked": (lambda s, logp, ref: ranked_loss(logp, s.alpha), "ranked", dict(alpha=0.01, beta=0.1, R=8, k=8)),
+                  "best", dict(alpha=0.01, beta=0.1, R=8, k=8, kl="token")),
+    "ranked": (lambda s, logp, ref: ranked_loss(logp, s.alpha),
+               "ranked", dict(alpha=0.01, beta=0.1, R=8, k=8, kl="token")),
     "dpo": (lambda s, logp, ref: dpo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], s.beta),
             "pairs", dict(beta=0.1)),
     "ipo": (lambda s, logp, ref: ipo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], s.beta),
             "pairs", dict(beta=0.03)),
     "slic": (lambda s, logp, ref: slic_loss(logp[:, 0], logp[:, 1], s.delta),
              "pairs", dict(delta=10.0, beta=0.1)),
+    # pre-training, and Section 2's reward model (its text dropped the log): Eq. 9 at alpha = 1, of rewards
     "sft": (lambda s, logp, ref: -logp[:, 0], "stories", dict()),
+    "reward": (lambda s, r, ref: spo_loss(r[:, 0], r[:, 1], 1.0), "pairs", dict()),
 }
 
 # ---------------------------------------------------------------------------------------------------
@@ -138,6 +140,19 @@ def token_kl(logits, ref_logits, mask):
     """
     logp, ref = full_precision(logits).log_softmax(-1), full_precision(ref_logits).log_softmax(-1)
     return ((logp.exp() * (logp - ref)).sum(-1) * mask).sum(1)
+
+
+def sequence_kl(logits, ref_logits, y, mask):
+    """
+    What Appendix D sets aside: log pi_theta(y) - log pi_ref(y) of each story -> (R,), with the gradient of
+    the score-function estimate, unbiased on fresh stories; its baseline is the mean of the other stories.
+    y (R, T): the tokens that logits, ref_logits (R, T, V) are for; mask as above.
+    """
+    logp, ref = (-(F.cross_entropy(full_precision(x).transpose(1, 2), y, reduction="none") * mask).sum(1)
+                 for x in (logits, ref_logits))
+    ratio = (logp - ref).detach()
+    advantage = (ratio - ratio.mean()) * len(y) / max(1, len(y) - 1)
+    return ratio + advantage * (logp - logp.detach())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -174,25 +189,27 @@ def get_stories(data, rows, s):
 
 
 @torch.no_grad()
-def data_logp(model, data, s):
+def data_logp(model, data, s, score=seq_logp):
     """
-    log pi of all the data -> (N, n). In the batches of training's first pass, so in the same shapes and
-    with the same roundings: at step 0 Eq. 5's margins against the reference are exactly 0.
+    log pi (or reward) of all the data -> (N, n). In the batches of training's first pass, so in the same
+    shapes and with the same roundings: at step 0 Eq. 5's margins against the reference are exactly 0.
     """
     logp = torch.empty(data.shape[:2], device=s.device)
     for rows in torch.randperm(len(data), generator=rng(s.seed, BATCH, 0)).split(s.batch):
         y = get_stories(data, rows, s)
-        logp[rows] = seq_logp(model, y, story_mask(y)).view(len(rows), -1)
+        logp[rows] = score(model, y, story_mask(y)).view(len(rows), -1)
     return logp
 
 
 # ---------------------------------------------------------------------------------------------------
 # Settings: one line a flag; the defaults live in LOSSES (per algorithm) and here (per model).
 
-TOY = dict(batch=16, steps=500, warmup=50, lr=2e-4, max_new=100, eval_every=50, eval_stories=256)
+TOY = dict(judge="expert", batch=16, steps=500, warmup=50, lr=2e-4, max_new=100, eval_every=50, eval_stories=256)
 # E.2's, but for lr, which the paper does not give: ours, and not measured yet
-PAPER = dict(batch=128, steps=40000, warmup=5000, lr=1e-5, max_new=255, eval_every=1000, eval_stories=1000, R=32)
-MODELS = {"toy": TOY} | dict.fromkeys(("stories260K", "stories15M", "stories42M", "stories110M"), PAPER)
+PAPER = dict(judge="reward", batch=128, steps=40000, warmup=5000, lr=1e-5, max_new=255, eval_every=1000,
+             eval_stories=1000, R=32)
+MODELS = ({"toy": TOY, "toy-naive": TOY | dict(judge="naive")}
+          | dict.fromkeys(("stories260K", "stories15M", "stories42M", "stories110M"), PAPER))
 
 
 def get_args(argv=None) -> argparse.Namespace:
@@ -203,17 +220,19 @@ def get_args(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(argument_default=argparse.SUPPRESS,
                                 description="Align a story writer by SPO (arXiv 2405.00747), DPO, IPO or SLiC-HF.")
     p.error = error
-    p.add_argument("--algo", choices=LOSSES, default="spo", help="the loss; sft: plain likelihood")
+    p.add_argument("--algo", choices=LOSSES, default="spo", help="the loss; sft: plain likelihood; reward: a reward model")
     p.add_argument("--alpha", type=float, help="softness: the target is softmax(r / alpha)")
     p.add_argument("--beta", type=float, help="weight of the regulariser; DPO: Eq. 5's; IPO: its tau")
     p.add_argument("--gamma", type=float, help="exponent of Section 4's pair weight mu; 0: unweighted")
     p.add_argument("--delta", type=float, help="SLiC-HF's margin")
     p.add_argument("--R", type=int, help="stories in a rollout")
     p.add_argument("--k", type=int, help="steps a rollout is used for")
+    p.add_argument("--kl", choices=("token", "sequence"), help="Appendix D's, or the score-function estimate")
     p.add_argument("--model", choices=MODELS, default="toy", help="whose defaults, and files under data/")
     p.add_argument("--data", help="folder of sft.pt and token files; default data/<model>")
     p.add_argument("--init", help="start and reference; default <data>/sft.pt")
     p.add_argument("--tokenizer", help="the checkpoint's own; toy: tokenizer.model, else <data>/tokenizer.model")
+    p.add_argument("--judge", choices=JUDGES, help="of the evaluations: see evaluate.py")
     p.add_argument("--out", help="the run's folder; default out/<model>-<algo>-<settings>")
     p.add_argument("--seed", type=int, default=0, help="of batches, rollouts and evaluations")
     p.add_argument("--steps", type=int, help="how many")
@@ -246,8 +265,8 @@ def get_args(argv=None) -> argparse.Namespace:
 
     s.data = getattr(s, "data", f"data/{s.model}")
     s.init = getattr(s, "init", f"{s.data}/sft.pt")
-    s.tokenizer = getattr(s, "tokenizer", ("" if s.model == "toy" else f"{s.data}/") + "tokenizer.model")
-    name = "-".join([s.model, s.algo, *(f"{n}{getattr(s, n):g}" for n in reads), f"seed{s.seed}"])
+    s.tokenizer = getattr(s, "tokenizer", ("" if s.model.startswith("toy") else f"{s.data}/") + "tokenizer.model")
+    name = "-".join([s.model, s.algo, *(f"{n}{getattr(s, n)}".removesuffix(".0") for n in reads), f"seed{s.seed}"])
     s.out = getattr(s, "out", f"out/{name}").rstrip("/")
     return s
 
@@ -302,36 +321,45 @@ def record(s, **r):
               "{ms:6.1f} {tokens_s:6.0f}".format(**r).replace("nan", "  -"),
               "{:3.0f}:{:02.0f}".format(*divmod(int(r["left"]), 60)), flush=True)
     elif "win" in r:
-        print("@{step} win {win:.3f}±{win_se:.3f} reward {reward:.2f} kl {kl:.2f} entropy {entropy:.1f} "
-              "length {length:.0f} closed {closed:.2f}".format(**r), flush=True)
-    else:
+        print("@{step} win {win:.3f}±{win_se:.3f} kl {kl:.2f} entropy {entropy:.1f} length {length:.0f} "
+              "closed {closed:.2f}".format(**r), flush=True)
+    elif "nats" in r:
         print("@{step} {nats:.2f} nats a held-out story".format(**r), flush=True)
+    else:
+        print("@{step} {right:.3f} of the held-out pairs are ranked right".format(**r), flush=True)
 
 
 @torch.no_grad()
-def evaluate(policy, ref, tokenizer, others, r_ref, s, step):
+def measure(policy, ref, judge, s, n, key) -> dict:
     """
-    Records, from fresh stories: win-rate against the reference's, whose rewards are r_ref; mean reward; KL
-    to the reference and entropy, in nats a story; length in tokens; shares closed and in the grammar.
-    Keeps the model with the highest win-rate so far in best.pt. For sft, nats a held-out story.
+    Of n fresh stories: what the judge says of them; KL to the reference and entropy, in nats a story;
+    length in tokens; the share that is closed.
     """
-    if s.algo == "sft":
-        return record(s, step=step, nats=-data_logp(policy, others, s).mean().item())
-    y = sample(policy, s.eval_stories, s, (EVAL, step))
-    mask = story_mask(y)[:, 1:]
+    y = sample(policy, n, s, key)
+    mask = story_mask(y)
     kl, entropy = [], []
-    for part, m in zip(y.split(64), mask.split(64)):
+    for part, m in zip(y.split(64), mask[:, 1:].split(64)):
         logits = full_precision(policy(part[:, :-1]))
         kl.append(token_kl(logits, ref(part[:, :-1]), m))
         entropy.append((torch.distributions.Categorical(logits=logits).entropy() * m).sum(1))
     length = mask.sum(1, keepdim=True)
     closed = y.gather(1, length) == BOS
-    stories = tokenizer.decode(y.tolist())
-    r = expert(stories)
-    win, win_se = win_rate(r, r_ref)
-    record(s, step=step, win=win, win_se=win_se, reward=r.mean().item(), kl=torch.cat(kl).mean().item(),
-           entropy=torch.cat(entropy).mean().item(), length=length.float().mean().item(),
-           closed=closed.float().mean().item(), grammar=sum(map(in_grammar, stories)) / len(stories))
+    return judge(y, mask) | dict(kl=torch.cat(kl).mean().item(), entropy=torch.cat(entropy).mean().item(),
+                                 length=length.float().mean().item(),
+                                 closed=closed.float().mean().item())
+
+
+def evaluate(policy, ref, judge, others, s, step):
+    """
+    Records what measure says, and keeps the model with the highest win-rate so far in best.pt. Of sft: nats
+    a held-out story; of a reward model: the share of the held-out pairs whose better story it puts first.
+    """
+    if s.algo == "sft":
+        return record(s, step=step, nats=-data_logp(policy, others, s).mean().item())
+    if s.algo == "reward":
+        r = data_logp(policy, others, s, story_reward)
+        return record(s, step=step, right=(r[:, 0] > r[:, 1]).float().mean().item())
+    record(s, step=step, **measure(policy, ref, judge, s, s.eval_stories, (EVAL, step)))
     if peak(s.out)["step"] == step:
         save(policy, f"{s.out}/best.pt")
 
@@ -341,10 +369,14 @@ def train(s) -> int:
     loss_of, file, reads = LOSSES[s.algo]
     ref = load(s.init, s.device).requires_grad_(False)
     policy = load(f"{s.out}/ckpt.pt" if s.resume else s.init, s.device)
+    score = seq_logp
+    if s.algo == "reward":
+        policy, score = policy.scalar_head(), story_reward
     tokenizer = load_tokenizer(s.tokenizer, policy.args.vocab_size)
-    n = dict(stories=(1,), pairs=(2,), ranked=range(2, 100))[file]  # responses a row
+    n = dict(stories=(1,), pairs=(2,)).get(file, range(2, 100))  # responses a row
     data = load_tokens(f"{s.data}/{file}.npy", ref.args, n, s.batch)                    # (N, n, T)
-    others = load_tokens(f"{s.data}/{'heldout' if s.algo == 'sft' else 'ref'}.npy", ref.args, (1,), s.batch)
+    others = dict(sft="heldout", reward="heldout_pairs").get(s.algo, "ref")
+    others = load_tokens(f"{s.data}/{others}.npy", ref.args, (1, 2), 1 if s.algo == "reward" else s.batch)
     if s.max_new > (longest := ref.args.max_seq_len):
         raise UserError(f"--max_new is {s.max_new}, but the model reads {longest} tokens at most.")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.lr, betas=(0.9, 0.95), fused=True)
@@ -352,13 +384,16 @@ def train(s) -> int:
     print(textwrap.fill(" ".join(f"{k}={v}" for k, v in vars(s).items()), 80, break_on_hyphens=False))
 
     ref_logp = data_logp(ref, data, s) if s.algo in ("dpo", "ipo") else torch.zeros(data.shape[:2])
-    r_ref = None if s.algo == "sft" else expert(tokenizer.decode(others[:, 0].tolist()))   # (M,)
+    judge = None
+    if s.algo not in ("sft", "reward"):
+        y_ref = get_stories(others, torch.arange(len(others)), s)                       # (M, T)
+        judge = judge_of(s, tokenizer, y_ref, story_mask(y_ref))
     # the first Ctrl-C finishes the step and saves, the second leaves at once
     first, began, stop = step, time.perf_counter(), []
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     print("  step     loss     pref     kl  margin   acc       lr     ms  tok/s   left")
     if step == 0:
-        evaluate(policy, ref, tokenizer, others, r_ref, s, step)
+        evaluate(policy, ref, judge, others, s, step)
     while step < s.steps:
         started = time.perf_counter()
         for group in optimizer.param_groups:
@@ -374,13 +409,15 @@ def train(s) -> int:
         # 2. log pi_theta of the batch's responses, all in one forward
         rows = batch_rows(len(data), s, BATCH, step)
         y = get_stories(data, rows, s)                                                  # (B * n, T)
-        logp = seq_logp(policy, y, story_mask(y)).view(s.batch, -1)                     # (B, n)
+        logp = score(policy, y, story_mask(y)).view(s.batch, -1)                        # (B, n)
 
         # 3. Eq. 1: preference loss + beta * regulariser
         loss = pref = loss_of(s, logp, ref_logp[rows]).mean()
         kl = torch.full_like(pref, math.nan)
         if "R" in reads and s.beta > 0:
-            kl = token_kl(policy(y_kl[:, :-1]), ref_logits, story_mask(y_kl)[:, 1:]).mean()
+            logits, mask = policy(y_kl[:, :-1]), story_mask(y_kl)[:, 1:]
+            kl = (token_kl(logits, ref_logits, mask) if s.kl == "token" else
+                  sequence_kl(logits, ref_logits, y_kl[:, 1:], mask)).mean()
             loss = pref + s.beta * kl
         elif s.algo == "slic":
             y_ref = get_stories(others, batch_rows(len(others), s, SLIC, step), s)
@@ -406,14 +443,14 @@ def train(s) -> int:
                    left=(time.perf_counter() - began) / (step - first) * (s.steps - step))
             window = []
         if due := step % s.eval_every == 0 or step == s.steps:
-            evaluate(policy, ref, tokenizer, others, r_ref, s, step)
+            evaluate(policy, ref, judge, others, s, step)
         if due or stop:
             save(policy, f"{s.out}/ckpt.pt", settings=vars(s), step=step, optimizer=optimizer.state_dict(),
                  rollout=y_kl, window=window)
         if stop:
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if step == s.steps and s.algo != "sft":
+    if step == s.steps and judge:
         report(policy, ref, tokenizer, s)
     return step
 
