@@ -20,14 +20,14 @@ help:
 train: data
 	@$(PY) spo.py $(strip $(given))
 
-# make what train needs, once: the toy world's files, or fetch MODEL=stories15M and its tokenizer
+# make what train needs, once: the toy world, or MODEL=stories15M PAIRS=made
 data: $(READY)
-	@$(PY) prepare_data.py $(or $(MODEL),toy) $(if $(DATA),--data $(DATA)) $(TOY)
+	@$(PY) prepare_data.py $(or $(MODEL),toy) $(if $(DATA),--data $(DATA)) $(if $(PAIRS),--source $(PAIRS)) $(MORE)
 
-# Table 1 and Figure 1 on the toy world, or with MODEL=toy-naive: under an hour on two cores
+# Table 1 and Figure 1 on the toy world, or MODEL=toy-naive: an hour
 report: data
 	@$(if $(READY),$(PY) -m pip install -q matplotlib==3.11.2)
-	@$(PY) evaluate.py report $(if $(MODEL),--model $(MODEL))
+	@$(PY) report.py $(if $(MODEL),--model $(MODEL))
 
 # run every test
 test: $(READY)

@@ -3,20 +3,23 @@ Everything that puts files under data/.
 
     python prepare_data.py toy          # the embedded world: its writer, and preferences over its stories
     python prepare_data.py stories15M   # a published checkpoint and its tokenizer, fetched and checked
+    python prepare_data.py stories15M --source made          # and pairs of its stories, judged and filtered
+    python prepare_data.py stories15M --source pairs.jsonl   # or pairs of your own, or --source released
     python prepare_data.py tokenizer    # tokenizer.model, which is committed
 
 Each step is skipped when its output is there and was made from the same settings and inputs.
 """
 import argparse
 import hashlib
-import http.client
 import io
 import json
 import os
 import random
+import re
 import shutil
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 
 import numpy as np
@@ -26,14 +29,15 @@ import torch.nn.functional as F
 
 import spo
 import toyworld
-from evaluate import expert, load_tokenizer
+from evaluate import (JUDGES, TASTES, TIMEOUT, expert, judge_pairs, load_tokenizer, patiently, preferred,
+                      verdict_of, write_json)
 from model import BOS, ModelArgs, Transformer, UserError, cli, load, save
 
 # The toy world's writer: 189,632 parameters, and a pre-training that takes it to the grammar's entropy.
 VOCAB = 640
 WRITER = dict(dim=64, n_layers=3, n_heads=4, multiple_of=4, max_seq_len=128, vocab_size=VOCAB)
 SFT = "--batch 32 --lr 5e-3 --log_every 100 --eval_every 250"
-PAIRS, RANKED, REF, HELDOUT = range(100, 104)  # what stories are sampled for: keys of spo.rng
+PAIRS, RANKED, REF, HELDOUT, MADE = range(100, 105)  # what stories are sampled for: keys of spo.rng
 
 
 def train_tokenizer(path: str) -> None:
@@ -63,15 +67,13 @@ def make(path: str, maker, inputs: list[str], **settings) -> None:
         os.remove(f"{path}.json")  # from here on, until path is made, it is nobody's
     print(f"making {path}", flush=True)
     maker(path, **settings)
-    with open(f"{path}.json.part", "w") as f:
-        f.write(json.dumps(note, indent=1))
-    os.replace(f"{path}.json.part", f"{path}.json")
+    write_json(f"{path}.json", note)
 
 
-def write_tokens(path: str, tokens: torch.Tensor) -> None:
+def write_tokens(path: str, tokens) -> None:
     """tokens (N, n, T) as a token file, the form that load_tokens reads."""
     with open(f"{path}.part", "wb") as f:
-        np.save(f, tokens.numpy().astype(np.uint16))
+        np.save(f, np.asarray(tokens).astype(np.uint16))
     os.replace(f"{path}.part", path)
 
 
@@ -118,8 +120,7 @@ def toy(a) -> None:
 
     def collect(path, rows, n, seed, purpose):
         stories = sample_stories(load(f"{a.data}/sft.pt", s.device), rows * n, s, purpose)
-        taste = "naive" if s.judge == "naive" else "limited"
-        r = expert(tokenizer.decode(stories.tolist()), taste).view(rows, n)
+        r = expert(tokenizer.decode(stories.tolist()), TASTES[s.judge]).view(rows, n)
         write_tokens(path, rank(stories.view(rows, n, -1), r, spo.rng(seed, purpose)))
 
     world = [a.tokenizer, toyworld.__file__]
@@ -127,8 +128,10 @@ def toy(a) -> None:
     make(f"{a.data}/heldout.npy", write, world, n=1000, seed=2 * a.seed + 1)
     make(f"{a.data}/sft.pt", pretrain, [f"{a.data}/stories.npy"], seed=a.seed, steps=a.sft_steps,
          flags=SFT, **WRITER)
-    for name, rows, n, purpose in (("pairs", a.pairs, 2, PAIRS), ("heldout_pairs", a.pairs // 8, 2, HELDOUT),
-                                   ("ranked", a.pairs // 2, 4, RANKED), ("ref", a.ref, 1, REF)):
+    wanted = [("ranked", a.pairs // 2, 4, RANKED), ("ref", a.ref, 1, REF)]
+    if not a.source:
+        wanted += [("pairs", a.pairs, 2, PAIRS), ("heldout_pairs", a.pairs // 8, 2, HELDOUT)]
+    for name, rows, n, purpose in wanted:
         make(f"{a.data}/{name}.npy", collect, [f"{a.data}/sft.pt", *world], rows=rows, n=n, seed=a.seed,
              purpose=purpose)
     make(f"{a.data}/best.npy", lambda path: shutil.copyfile(f"{a.data}/ranked.npy", path), [f"{a.data}/ranked.npy"])
@@ -136,11 +139,11 @@ def toy(a) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Published checkpoints, each with its own tokenizer. HF_ENDPOINT and LLAMA2C_ENDPOINT put a mirror in the
-# place of the two hosts.
+# Published checkpoints, each with its own tokenizer. The environment can put a mirror in a host's place.
 
 HF = "{HF_ENDPOINT}/karpathy/tinyllamas/resolve"
-ENDPOINTS = dict(HF_ENDPOINT="https://huggingface.co", LLAMA2C_ENDPOINT="https://raw.githubusercontent.com")
+ENDPOINTS = dict(HF_ENDPOINT="https://huggingface.co", LLAMA2C_ENDPOINT="https://raw.githubusercontent.com",
+                 RELEASE_ENDPOINT="https://anonymous.4open.science")
 LLAMA2 = ("{LLAMA2C_ENDPOINT}/karpathy/llama2.c/350e04fe35433e6d2941dce5a1f53308f87058eb/tokenizer.model", 499_723,
           "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347")
 # model: address, bytes (0: not known) and sha256 of its checkpoint, and of its tokenizer. The revision that
@@ -157,7 +160,6 @@ PUBLISHED = {
     "stories110M": ((f"{HF}/302d182797471b93cb4d6af3608e501efeeda0c2/stories110M.pt", 438_163_693,
                      "cdef30b5108d1b5d1c232fcf7e2ea433cc6cdc473aa876af9d8d6ce83bf4b5e0"), LLAMA2),
 }
-TRIES, PAUSE, TIMEOUT = 5, 2.0, 30.0  # of a fetch; seconds before the second try, doubled after each; of silence
 
 
 def fetch(url: str, size: int, digest: str, path: str) -> None:
@@ -168,25 +170,8 @@ def fetch(url: str, size: int, digest: str, path: str) -> None:
     if os.path.exists(path) and sha256(path) == digest:
         print(f"{path} is there")
         return
-    part, wait = f"{path}.part", PAUSE
-    for left in reversed(range(TRIES)):
-        try:
-            download(url, part)
-            break
-        except urllib.error.HTTPError as e:
-            trouble, after = f"it answers {e.code} {e.reason}", e.headers.get("Retry-After", "")
-            passing = e.code in (416, 425, 429) or e.code >= 500
-            if e.code == 416:  # nothing is left to send: what is here is too long, or was never checked
-                forget(part)
-        except (OSError, http.client.HTTPException) as e:  # no connection, silence, a cut in mid-body
-            trouble, after, passing = str(getattr(e, "reason", e)) or type(e).__name__, "", True
-        if not passing or not left:
-            raise UserError(f"{url} cannot be fetched ({trouble}): try later, or name a mirror in HF_ENDPOINT or "
-                            "LLAMA2C_ENDPOINT.")
-        pause = min(float(after), 60.0) if after.isdigit() else wait
-        print(f"{url}: {trouble}; again in {pause:.0f} s", flush=True)
-        time.sleep(pause)
-        wait *= 2
+    part = f"{path}.part"
+    patiently(url, lambda: download(url, part), {None: "try later, or name a mirror in " + " or ".join(ENDPOINTS)})
     got, length = sha256(part), os.path.getsize(part)
     if got != digest or length != (size or length):
         with open(part, "rb") as f:
@@ -210,7 +195,13 @@ def download(url: str, part: str) -> None:
     if os.path.exists(part) and os.path.exists(tag):
         with open(tag) as f:
             headers |= {"Range": f"bytes={os.path.getsize(part)}-", "If-Range": f.read()}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as e:
+        if e.code == 416:  # nothing is left to send: what is here is too long, or was never checked
+            forget(part)
+        raise
+    with response:
         going_on = response.status == 206
         have = first = os.path.getsize(part) if going_on else 0
         total = have + int(response.headers.get("Content-Length") or 0)
@@ -235,15 +226,251 @@ def download(url: str, part: str) -> None:
         raise OSError(f"cut after {have} of {total} bytes")
 
 
+def endpoints() -> dict:
+    return {name: os.environ.get(name, host).rstrip("/") for name, host in ENDPOINTS.items()}
+
+
 def published(a) -> None:
     """A checkpoint of the TinyStories models as data/<model>/sft.pt, and its tokenizer beside it."""
     os.makedirs(a.data, exist_ok=True)
-    endpoints = {name: os.environ.get(name, host).rstrip("/") for name, host in ENDPOINTS.items()}
     for (url, size, digest), name in zip(PUBLISHED[a.what], ("sft.pt", "tokenizer.model")):
-        fetch(url.format(**endpoints), size, digest, f"{a.data}/{name}")
+        fetch(url.format(**endpoints()), size, digest, f"{a.data}/{name}")
     args = load(f"{a.data}/sft.pt").args
     load_tokenizer(f"{a.data}/tokenizer.model", args.vocab_size)
     print(f"{a.data} is ready: {args}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pairs from elsewhere: made by E.1's protocol, of a file, or the paper's release. All end in token files:
+# pairs.npy, ranked.npy or best.npy, best first, and their held-out rows in heldout_<that>.npy.
+
+def held_out(row: np.ndarray) -> bool:
+    """The fixed rule: one row in twenty, by a hash of its stories in whatever order and however padded."""
+    stories = sorted(story.tobytes().rstrip(b"\0\1") for story in row)
+    return hashlib.sha256(b"".join(stories)).digest()[0] < 256 // 20
+
+
+def write_rows(a, name: str, rows: np.ndarray) -> None:
+    """Rows (N, n, T), best first, as token files; without copies of a row and rows of twice the same story."""
+    different = np.array([row for row in rows if len({story.tobytes() for story in row}) == len(row)])
+    kept = np.array(list({row.tobytes(): row for row in different}.values()))
+    if len(kept) < 2:
+        raise UserError(f"only {len(kept)} different rows for {name}.npy are left: give more.")
+    out, length = np.array([held_out(row) for row in kept]), (kept != BOS).sum(2)
+    print(f"{name}: {len(rows)} rows, less {len(rows) - len(different)} with the same story twice and "
+          f"{len(different) - len(kept)} duplicates: {(~out).sum()} to train on, {out.sum()} held out\n"
+          f"{(kept[:, :, -1] != BOS).sum()} of the stories are cut at {rows.shape[2] - 1} tokens; the best is longer "
+          f"than the last in {(length[:, 0] > length[:, -1]).mean():.0%}, mean {length[:, 0].mean():.0f} and "
+          f"{length[:, -1].mean():.0f}")
+    for file, part in ((name, kept[~out]), (f"heldout_{name}", kept[out])):
+        write_tokens(f"{a.data}/{file}.npy", part)
+        if os.path.exists(f"{a.data}/{file}.npy.json"):
+            os.remove(f"{a.data}/{file}.npy.json")  # the note of what made an earlier one
+
+
+def rows_from(item) -> tuple[str, int | None, list[str]]:
+    """
+    One line of a file -> which token file it is for, the position of the best as it was shown if that is
+    known, and the stories, best first. A prompt is the beginning of each story: it cancels in every loss.
+    """
+    if not isinstance(item, dict):
+        raise ValueError("it is not an object")
+    if {"story1", "story2", "label"} <= item.keys():  # the paper's authors'
+        if item["label"] not in (1, 2, "1", "2") or item["label"] is True:
+            raise ValueError(f"its label is {item['label']!r:.20}, not 1 or 2")
+        best = int(item["label"]) - 1
+        name, stories = "pairs", [item["story1"], item["story2"]][::-1 if best else 1]
+    elif {"chosen", "rejected"} <= item.keys():       # TRL's
+        name, best, stories = "pairs", None, [item["chosen"], item["rejected"]]
+    elif isinstance(item.get("responses"), list):
+        name, best, stories = "ranked", item.get("best"), list(item["responses"])
+        if len(stories) < 2:
+            raise ValueError("it has fewer than two responses")
+        if best is not None:
+            if type(best) is not int or not 0 <= best < len(stories):
+                raise ValueError(f"its best is {best!r:.20}, not the index of a response")
+            name = "best"
+            stories.insert(0, stories.pop(best))
+    else:
+        raise ValueError("it has neither chosen and rejected, nor responses, nor story1, story2 and label")
+    stories = [item.get("prompt") or "", *stories]
+    if not all(isinstance(story, str) for story in stories):
+        raise ValueError("a story or the prompt is not a string")
+    stories = [stories[0] + story for story in stories[1:]]
+    if not all(story.strip() for story in stories):
+        raise ValueError("a story is empty")
+    "".join(stories).encode()  # lone surrogates: a ValueError
+    return name, best, stories
+
+
+def items_of(path: str):
+    """Where and what: each line of a .jsonl as bytes, or each item of a .json list (or of a dict of lists)."""
+    with open(path, "rb") as f:
+        if not path.endswith(".json"):
+            yield from ((f"line {i}", line) for i, line in enumerate(f, 1) if line.strip())
+            return
+        whole = json.load(f)
+    if isinstance(whole, dict):
+        whole = [item for part in whole.values() if isinstance(part, list) for item in part]
+    yield from ((f"item {i}", item) for i, item in enumerate(whole, 1))
+
+
+def imported(a, source: str) -> None:
+    """The rows of a file, or of every .json and .jsonl in a folder, as token files of a.data's model."""
+    files = [source]
+    if os.path.isdir(source):
+        files = sorted(f"{source}/{file}" for file in os.listdir(source) if file.endswith((".json", ".jsonl")))
+    longest = spo.get_args(["--model", a.what]).max_new + 1
+    tokenizer = load_tokenizer(a.tokenizer, load(f"{a.data}/sft.pt").args.vocab_size)
+    rows, shown_first = {}, 0
+    for file in files:
+        where = "its text"
+        try:
+            for where, item in items_of(file):
+                name, best, stories = rows_from(json.loads(item) if isinstance(item, bytes) else item)
+                same = rows.setdefault(name, [])
+                if same and len(same[0]) != len(stories):
+                    raise ValueError(f"it has {len(stories)} responses, those before it {len(same[0])}")
+                same.append(np.full((len(stories), longest), BOS, np.uint16))
+                for row, story in zip(same[-1], tokenizer.encode(stories)):
+                    row[1:1 + len(story)] = story[:longest - 1]
+                shown_first += best == 0
+        except (ValueError, TypeError, RecursionError) as e:
+            raise UserError(f"{file}, {where}: {str(e)[:100]}.") from None
+    if not rows:
+        raise UserError(f"{source} holds no preferences: give a .jsonl or .json file, or a folder of them.")
+    print(f"{source}: {sum(map(len, rows.values()))} preferences; the story shown first is the better one in "
+          f"{shown_first}")
+    for name, tokens in rows.items():
+        write_rows(a, name, np.stack(tokens))
+
+
+def released(a) -> None:
+    """The paper's released pairs, if the link still works, imported as they are."""
+    host, tried = endpoints()["RELEASE_ENDPOINT"], []
+
+    def get(path):
+        def attempt():
+            with urllib.request.urlopen(urllib.request.Request(f"{host}/api/repo/{path}",
+                                                               headers={"User-Agent": "spo"}), timeout=TIMEOUT) as f:
+                return f.read()
+        return patiently(f"{host}/api/repo/{path}", attempt, {None: "the release is not to be had there"})
+
+    def files(name, under=""):
+        """Paths of the data files; a listing is a list of entries, or a dict of folders, files having a size."""
+        listing = json.loads(get(f"{name}/files/?path={urllib.parse.quote(under)}"))
+        if isinstance(listing, list):
+            listing = {entry["name"]: entry for entry in listing}
+        for file, entry in listing.items():
+            path = f"{under}/{file}".strip("/")
+            if file.endswith((".json", ".jsonl")):
+                yield path
+            elif "size" not in entry:
+                yield from files(name, path)
+
+    folder = f"{a.data}/released"
+    for name in ("SPO-4159", "SP0-4159"):  # the paper's text can be read either way
+        try:
+            get(f"{name}/options")
+            found = list(files(name))
+            if not found:
+                raise UserError(f"{host} lists no .json file")
+            os.makedirs(folder, exist_ok=True)
+            for path in found:
+                local = f"{folder}/{re.sub('[^A-Za-z0-9._-]', '_', path)}"
+                if not os.path.exists(local):
+                    body = get(f"{name}/file/{urllib.parse.quote(path)}")
+                    with open(f"{local}.part", "wb") as f:
+                        f.write(body)
+                    os.replace(f"{local}.part", local)
+            return imported(a, folder)
+        except UserError as e:
+            tried.append(str(e).rstrip("."))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            tried.append(f"{host}'s list of files cannot be read")
+    raise UserError(f"the released pairs cannot be fetched ({'; '.join(tried)}): take --source made, or a file of "
+                    "your own.")
+
+
+def preference(verdict, swapped) -> int | str:
+    """E.1's filter -> which story of the pair is better, 0 or 1, or why the pair is dropped."""
+    if None in (verdict, swapped):
+        return "invalid"
+    if preferred(verdict, swapped) is None:
+        return "inconsistent"
+    for score_1, score_2, better in (verdict, swapped):
+        # three points where the story shown second wins: judges favour it
+        if (score_1 - score_2 if better == 1 else score_2 - score_1) < (2 if better == 1 else 3):
+            return "too close"
+    return preferred(verdict, swapped)
+
+
+def made(a) -> None:
+    """E.1: pairs of the model's own stories, judged in both orders and filtered."""
+    s = spo.get_args(["--model", a.what, "--seed", str(a.seed), "--init", f"{a.data}/sft.pt"])
+    tokenizer = load_tokenizer(a.tokenizer, load(s.init).args.vocab_size)
+    judge = a.judge or ("llm" if s.judge == "reward" else s.judge)
+    verdict, judge = verdict_of(judge), os.environ.get("JUDGE_MODEL", "") if judge == "llm" else judge
+
+    def sample_pairs(path, n, seed):
+        write_tokens(path, sample_stories(load(s.init, s.device), 2 * n, s, MADE).view(n, 2, -1))
+
+    make(f"{a.data}/made.npy", sample_pairs, [s.init], n=a.pairs, seed=a.seed)
+    rows = np.load(f"{a.data}/made.npy")
+    texts = [tuple(tokenizer.decode(row.astype(int).tolist())) for row in rows]
+    # every verdict is kept as it comes, under a name of what it depends on: nothing is asked twice
+    key = hashlib.sha256(f"{judge} {sha256(f'{a.data}/made.npy')}".encode()).hexdigest()[:8]
+    log, known = f"{a.data}/verdicts-{key}.jsonl", {}
+    with open(log, "ab+") as f:
+        f.seek(0)
+        whole = [line for line in f if line.endswith(b"\n")]  # a kill can leave half a line
+        f.truncate(sum(map(len, whole)))
+    for line in map(json.loads, whole):
+        known[line["pair"], line["order"]] = tuple(line["verdict"]) if line["verdict"] else None
+    with open(log, "a") as f:
+        def note(pair, order, said):
+            f.write(json.dumps(dict(pair=pair, order=order, verdict=said)) + "\n")
+            f.flush()
+        verdicts = judge_pairs(texts, verdict, known, note)
+
+    better = [preference(*both) for both in verdicts]
+    counts = {reason: better.count(reason) for reason in ("inconsistent", "too close", "invalid")}
+    kept = [i for i, which in enumerate(better) if which in (0, 1)]
+    print(f"{len(rows)} pairs judged by {judge} in both orders: {len(kept)} kept, of which the first is better in "
+          f"{sum(better[i] == 0 for i in kept)}; " + ", ".join(f"{n} {reason}" for reason, n in counts.items()))
+    with open(f"{a.data}/made.jsonl.part", "w") as f:
+        for i in kept:
+            chosen, rejected = texts[i][::-1 if better[i] else 1]
+            f.write(json.dumps(dict(prompt="", chosen=chosen, rejected=rejected, pair=i, verdicts=verdicts[i],
+                                    better=better[i], judge=judge, seed=a.seed)) + "\n")
+    os.replace(f"{a.data}/made.jsonl.part", f"{a.data}/made.jsonl")
+    order = [[better[i], 1 - better[i]] for i in kept]
+    write_rows(a, "pairs", np.array([rows[i][best_first] for i, best_first in zip(kept, order)]))
+
+
+def pairs_of(a) -> None:
+    """The pairs of a.source, and what training on them needs: the model's own stories, and a reward model."""
+    if a.source in ("made", "released"):
+        dict(made=made, released=released)[a.source](a)
+    else:
+        imported(a, a.source)
+    if a.what.startswith("toy"):
+        return  # its judge is the expert, its stories are there
+    s = spo.get_args(["--model", a.what, "--seed", str(a.seed), "--data", a.data, "--tokenizer", a.tokenizer,
+                      "--algo", "reward", "--out", f"{a.data}/reward", "--steps", str(a.reward_steps),
+                      "--warmup", str(a.reward_steps // 10), "--eval_every", str(a.reward_steps)])
+
+    def sample_ref(path, n, seed):
+        write_tokens(path, sample_stories(load(s.init, s.device), n, s, REF)[:, None])
+
+    def fit(path, **_):
+        if spo.train(s) < s.steps:
+            raise KeyboardInterrupt
+        save(load(f"{s.out}/ckpt.pt"), path)
+
+    make(f"{a.data}/ref.npy", sample_ref, [s.init], n=a.ref, seed=a.seed)
+    if os.path.exists(f"{a.data}/pairs.npy"):
+        make(f"{a.data}/reward.pt", fit, [s.init, f"{a.data}/pairs.npy"], steps=s.steps, seed=a.seed)
 
 
 def main(argv=None) -> None:
@@ -253,23 +480,29 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=("toy", "toy-naive", *PUBLISHED, "tokenizer"))
     p.add_argument("--data", help="folder the files go to; default data/<what>")
-    p.add_argument("--tokenizer", default="tokenizer.model")
+    p.add_argument("--tokenizer", help="default: tokenizer.model, or <data>/tokenizer.model of a published model")
+    p.add_argument("--source", help="of pairs: made, released, or a .jsonl or .json file or a folder of them")
+    p.add_argument("--judge", choices=JUDGES, help="who labels made pairs; default: toy: its expert, else llm")
+    p.add_argument("--reward_steps", type=int, default=1000, help="steps a published model's reward model is fitted for")
     p.add_argument("--seed", type=int, default=0, help="of the stories, the training and the sampling")
     p.add_argument("--stories", type=int, default=20_000, help="stories of the grammar to learn from")
     p.add_argument("--sft_steps", type=int, default=1000, help="steps of pre-training")
-    p.add_argument("--pairs", type=int, default=4000, help="pairs; half as many rows of four ranked stories")
+    p.add_argument("--pairs", type=int, default=4000, help="pairs to make; half as many rows of four ranked stories")
     p.add_argument("--ref", type=int, default=2000, help="stories of the writer, to compare with and for SLiC-HF")
     p.error = error
     a = p.parse_args(argv)
-    for name in ("stories", "sft_steps", "pairs", "ref"):
+    for name in ("stories", "sft_steps", "pairs", "ref", "reward_steps"):
         if getattr(a, name) < 2:
             error(f"--{name} is {getattr(a, name)}: it must be 2 or more")
     a.data = a.data or f"data/{a.what}"
+    a.tokenizer = a.tokenizer or ("" if a.what in ("toy", "toy-naive", "tokenizer") else f"{a.data}/") + "tokenizer.model"
     try:
         if a.what == "tokenizer":
             train_tokenizer(a.tokenizer)
         else:
             toy(a) if a.what.startswith("toy") else published(a)
+            if a.source:
+                pairs_of(a)
     except OSError as e:
         raise UserError(f"{e.filename or a.data} cannot be written or read ({e.strerror}).") from None
 

@@ -151,7 +151,7 @@ def sequence_kl(logits, ref_logits, y, mask):
     logp, ref = (-(F.cross_entropy(full_precision(x).transpose(1, 2), y, reduction="none") * mask).sum(1)
                  for x in (logits, ref_logits))
     ratio = (logp - ref).detach()
-    advantage = (ratio - ratio.mean()) * len(y) / max(1, len(y) - 1)
+    advantage = ratio - (ratio.sum() - ratio) / max(1, len(y) - 1)
     return ratio + advantage * (logp - logp.detach())
 
 

@@ -1,0 +1,146 @@
+"""
+Table 1 and Figure 1 on the toy world.
+
+    python report.py                      # table.md and figure1.png in out/report/toy
+    python report.py --model toy-naive    # under the naive expert
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from evaluate import peak, read_log, write_json
+from model import UserError, cli
+
+# Table 1 and Figure 1. Each method is tuned over four settings, two learning rates by two of its own, by
+# its mean peak on two seeds; the best runs on five others. The peak is the highest evaluation of the first
+# STEPS steps, and that model is evaluated again on 1,000 fresh stories; training then goes on to OVER times
+# as many steps, and over-training is looked at OVER times after the peak.
+
+STEPS, OVER = 300, 5
+TUNE, SEEDS = (100, 101), (0, 1, 2, 3, 4)
+GRID = {"spo": ("--alpha 0.1 --beta 0.05", "--alpha 0.3 --beta 0.05"),
+        "dpo": ("--beta 0.1", "--beta 0.3"),
+        "ipo": ("--beta 0.03", "--beta 0.1"),
+        "slic": ("--delta 10 --beta 0.1", "--delta 10 --beta 0.3")}
+GRID = {algo: [f"--algo {algo} {own} --lr {lr}" for own in settings for lr in ("2e-4", "4e-4")]
+        for algo, settings in GRID.items()}
+
+
+def program(*argv: str) -> None:
+    """One of our programs, on one thread, its output kept for when it fails."""
+    done = subprocess.run([sys.executable, *argv], text=True, capture_output=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise UserError(f"{' '.join(argv)} failed: {(done.stderr.splitlines() or ['killed'])[-1]}")
+
+
+def run(flags: str, steps: int, out: str) -> dict:
+    """Trains to so many steps, or on to them, unless they are done -> the peak so far."""
+    if not os.path.exists(f"{out}/ckpt.pt"):
+        program("spo.py", *flags.split(), "--steps", str(steps), "--out", out)
+    elif read_log(out)[-1]["step"] < steps:
+        program("spo.py", *flags.split(), "--steps", str(steps), "--out", out, "--resume")
+    found = peak(out)
+    print(f"{out}: peak {found['win']:.3f} at step {found['step']}", flush=True)
+    return found
+
+
+def report(model: str, folder: str) -> None:
+    """Makes in folder every run, table.md and figure1.png. What is there already is not run again."""
+    def out(flags, seed):
+        return f"{folder}/{'-'.join(flags.replace('--', '').split()[1:])}-seed{seed}"
+
+    def tune(flags, seed):
+        return run(f"{flags} --model {model} --seed {seed}", STEPS, out(flags, seed))["win"]
+
+    def full(flags, seed):
+        where, flags = out(flags, seed), f"{flags} --model {model} --seed {seed}"
+        if not os.path.exists(f"{where}/peak.json"):
+            at = run(flags, STEPS, where)["step"]
+            program("evaluate.py", f"{where}/best.pt", *flags.split())
+            with open(f"{where}/best.json") as f:
+                write_json(f"{where}/peak.json", {"step": at} | json.load(f))
+        run(flags, OVER * STEPS, where)
+        with open(f"{where}/peak.json") as f:
+            return json.load(f), [r for r in read_log(where) if "win" in r]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        trials = [(flags, seed) for grid in GRID.values() for flags in grid for seed in TUNE]
+        wins = dict(zip(trials, pool.map(lambda trial: tune(*trial), trials)))
+        tuned = {algo: max(grid, key=lambda flags: sum(wins[flags, seed] for seed in TUNE))
+                 for algo, grid in GRID.items()}
+        chosen = [(flags, seed) for seed in SEEDS for flags in tuned.values()]
+        runs = dict(zip(chosen, pool.map(lambda choice: full(*choice), chosen)))
+    runs = {algo: [runs[flags, seed] for seed in SEEDS] for algo, flags in tuned.items()}
+    text = table(runs, tuned)
+    with open(f"{folder}/table.md", "w") as f:
+        f.write(text)
+    figure(runs, f"{folder}/figure1.png")
+    print(text)
+
+
+def mean_se(values) -> str:
+    values = torch.tensor(values, dtype=torch.float64)
+    return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
+
+
+def table(runs: dict, tuned: dict) -> str:
+    """Table 1 as markdown; runs: algorithm -> for each seed, its peak and its evaluations."""
+    at = {algo: [{r["step"]: r["win"] for r in log} for _, log in seeds] for algo, seeds in runs.items()}
+    again = {algo: [found["win"] for found, _ in seeds] for algo, seeds in runs.items()}
+    after = {algo: [wins[OVER * found["step"]] for wins, (found, _) in zip(at[algo], seeds)]
+             for algo, seeds in runs.items()}
+    lines = [f"| method | peak win-rate | its step | KL there | entropy there | at step {STEPS} | at {OVER}x the "
+             "peak's step | SPO's lead at the peak | and after |", "|" + " --- |" * 9]
+    for algo, seeds in runs.items():
+        ahead = [[a - b for a, b in zip(x["spo"], x[algo])] for x in (again, after)]
+        lead = ["", ""] if algo == "spo" else [mean_se(difference) for difference in ahead]
+        kl, entropy, step = (torch.tensor([found[name] for found, _ in seeds]).double().mean()
+                             for name in ("kl", "entropy", "step"))
+        cells = [f"`{tuned[algo].removeprefix('--algo ')}`", mean_se(again[algo]), f"{step:.0f}", f"{kl:.1f}",
+                 f"{entropy:.1f}", mean_se([wins[STEPS] for wins in at[algo]]), mean_se(after[algo]), *lead]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(runs: dict, path: str) -> None:
+    """Figure 1: win-rate against steps and against KL; means over the seeds, and bands of a standard deviation."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the figure needs matplotlib: `make report` installs it.") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plot, (by_step, by_kl) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for algo, seeds in runs.items():
+        step, win, kl = (torch.tensor([[r[name] for r in log] for _, log in seeds]).double()
+                         for name in ("step", "win", "kl"))
+        line, = by_step.plot(step[0], win.mean(0), label=algo)
+        by_step.fill_between(step[0], win.mean(0) - win.std(0), win.mean(0) + win.std(0), alpha=0.2, lw=0)
+        by_kl.plot(kl[:, 1:].flatten(), win[:, 1:].flatten(), ".", ms=3, alpha=0.4, color=line.get_color())
+        by_kl.plot(kl[:, 1:].mean(0), win[:, 1:].mean(0), color=line.get_color(), lw=1)
+    by_step.axvline(STEPS, color="grey", lw=0.8, ls=":")
+    by_step.set(xlabel="training step (dotted: the end of tuning)", ylabel="win-rate against the SFT model")
+    by_kl.set(xlabel="KL to the SFT model, nats a story", xscale="log")
+    by_step.legend(frameon=False)
+    for axes in (by_step, by_kl):
+        axes.grid(alpha=0.3)
+    plot.tight_layout()
+    plot.savefig(f"{path}.part", format="png", dpi=110)
+    os.replace(f"{path}.part", path)
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", choices=("toy", "toy-naive"), default="toy")
+    model = p.parse_args(argv).model
+    report(model, f"out/report/{model}")
+
+
+if __name__ == "__main__":
+    cli(main)
