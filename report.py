@@ -27,7 +27,7 @@ GRID = {"spo": ("--alpha 0.1 --beta 0.05", "--alpha 0.3 --beta 0.05"),
         "dpo": ("--beta 0.1", "--beta 0.3"),
         "ipo": ("--beta 0.03", "--beta 0.1"),
         "slic": ("--delta 10 --beta 0.1", "--delta 10 --beta 0.3")}
-GRID = {algo: [f"--algo {algo} {own} --lr {lr}" for own in settings for lr in ("2e-4", "4e-4")]
+GRID = {algo: [f"--algo {algo} {own} --lr {lr}" for own in settings for lr in ("4e-4", "6e-4")]
         for algo, settings in GRID.items()}
 
 
