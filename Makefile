@@ -14,7 +14,7 @@ given = $(foreach s,$(SETTINGS),$(if $($s),$(call flag,$s) $($s))) $(if $(RESUME
 
 # print this
 help:
-	@grep -B1 -E '^[a-z]+:' Makefile | grep -v '^--' | sed 'N;s/# \(.*\)\n\([a-z]*\):.*/make \2\t\1/' | expand -t 14
+	@grep -B1 -E '^[a-z]+:' Makefile | grep -v '^--' | sed 'N;s/# \(.*\)\n\([a-z]*\):.*/make \2\t\1/' | expand -t 16
 
 # align the story writer, e.g. ALGO=spo ALPHA=0.01
 train: data
@@ -28,6 +28,14 @@ data: $(READY)
 report: data
 	@$(if $(READY),$(PY) -m pip install -q matplotlib==3.11.2)
 	@$(PY) report.py $(if $(MODEL),--model $(MODEL))
+
+# one setting of SPO changed at a time, and the KL's estimators: 20 minutes
+questions: data
+	@$(PY) report.py --questions
+
+# a checkpoint's win-rate: CHECKPOINT=out/.../best.pt JUDGE=llm N=1000
+evaluate: data
+	@$(PY) evaluate.py $(CHECKPOINT) $(if $(N),--n $(N)) $(strip $(given))
 
 # run every test
 test: $(READY)
@@ -47,4 +55,4 @@ clean:
 	.venv/bin/python -m pip install -q -r requirements.txt
 	@touch $@
 
-.PHONY: help train data report test theory clean
+.PHONY: help train data report questions evaluate test theory clean

@@ -1,8 +1,9 @@
 """
-Table 1 and Figure 1 on the toy world.
+The paper's experiment on the toy world, and what its readers ask.
 
-    python report.py                      # table.md and figure1.png in out/report/toy
-    python report.py --model toy-naive    # under the naive expert
+    python report.py                      # Table 1 and Figure 1: table.md and figure1.png in out/report/toy
+    python report.py --model toy-naive    # the same under the naive expert
+    python report.py --questions          # one setting of SPO changed at a time: out/report/questions
 """
 import argparse
 import json
@@ -13,9 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+import spo
 from evaluate import peak, read_log, write_json
-from model import UserError, cli
+from model import UserError, cli, load
 
+# ---------------------------------------------------------------------------------------------------
 # Table 1 and Figure 1. Each method is tuned over four settings, two learning rates by two of its own, by
 # its mean peak on two seeds; the best runs on five others. The peak is the highest evaluation of the first
 # STEPS steps, and that model is evaluated again on 1,000 fresh stories; training then goes on to OVER times
@@ -23,6 +26,7 @@ from model import UserError, cli
 
 STEPS, OVER = 300, 5
 TUNE, SEEDS = (100, 101), (0, 1, 2, 3, 4)
+ESTIMATE = 300  # what stories are sampled for: a key of spo.rng
 GRID = {"spo": ("--alpha 0.1 --beta 0.05", "--alpha 0.3 --beta 0.05"),
         "dpo": ("--beta 0.1", "--beta 0.3"),
         "ipo": ("--beta 0.03", "--beta 0.1"),
@@ -77,7 +81,7 @@ def report(model: str, folder: str) -> None:
         chosen = [(flags, seed) for seed in SEEDS for flags in tuned.values()]
         runs = dict(zip(chosen, pool.map(lambda choice: full(*choice), chosen)))
     runs = {algo: [runs[flags, seed] for seed in SEEDS] for algo, flags in tuned.items()}
-    text = table(runs, tuned)
+    text = table(runs, tuned) + "\n" + frontier(runs)
     with open(f"{folder}/table.md", "w") as f:
         f.write(text)
     figure(runs, f"{folder}/figure1.png")
@@ -108,6 +112,16 @@ def table(runs: dict, tuned: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def frontier(runs: dict) -> str:
+    """Win-rate at equal KL as markdown: the mean of the evaluations, over all seeds and steps, in a band of KL."""
+    bands = [(1, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 15), (15, 25), (25, 100)]
+    lines = ["| KL, nats a story | " + " | ".join(f"{low} to {high}" for low, high in bands) + " |", "|" + " --- |" * 9]
+    for algo, seeds in runs.items():
+        cells = [[r["win"] for _, log in seeds for r in log if low <= r["kl"] < high] for low, high in bands]
+        lines.append(f"| `{algo}` | " + " | ".join(f"{sum(c) / len(c):.3f} ({len(c)})" if c else "-" for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def figure(runs: dict, path: str) -> None:
     """Figure 1: win-rate against steps and against KL; means over the seeds, and bands of a standard deviation."""
     try:
@@ -135,11 +149,78 @@ def figure(runs: dict, path: str) -> None:
     os.replace(f"{path}.part", path)
 
 
+# ---------------------------------------------------------------------------------------------------
+# One setting changed at a time, on two seeds; and the two estimators of the KL's gradient
+
+SPO = "--algo spo --alpha 0.3 --beta 0.05 --lr 4e-4"
+QUESTIONS = ["", *(f"--beta {beta}" for beta in (0, 0.01, 0.2, 1)),
+             *(f"--beta 0.001 --alpha {alpha}" for alpha in (0.01, 0.1, 1)), "--algo dpo --beta 0.001 --lr 4e-4",
+             *(f"--gamma {gamma}" for gamma in (0.03, 0.1, 0.3, 1)), "--k 1", "--k 32", "--R 32", "--R 128",
+             "--kl sequence", "--kl sequence --k 1"]
+
+
+def questions(folder: str) -> None:
+    def one(change, seed):
+        out = f"{folder}/{change.replace('--', '').replace(' ', '-') or 'spo'}-seed{seed}"
+        flags = change if change.startswith("--algo") else f"{SPO} {change}"
+        return run(f"{flags} --seed {seed}", STEPS, out), read_log(out)
+
+    trials = [(change, seed) for change in QUESTIONS for seed in SEEDS[:2]]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(trials, pool.map(lambda trial: one(*trial), trials)))
+    lines = [f"| changed | peak win-rate | at step {STEPS} | KL there | entropy there | ms a step |", "|" + " --- |" * 6]
+    for change in QUESTIONS:
+        peaks, logs = zip(*(found[change, seed] for seed in SEEDS[:2]))
+        ends = [log[-1] for log in logs]
+        ms = [r["ms"] for log in logs for r in log if "ms" in r and r["step"] > 1]
+        mean = {name: sum(r[name] for r in ends) / len(ends) for name in ("win", "kl", "entropy")}
+        lines.append(f"| `{change or SPO}` | {' '.join(format(p['win'], '.3f') for p in peaks)} | {mean['win']:.3f} | "
+                     f"{mean['kl']:.1f} | {mean['entropy']:.1f} | {torch.tensor(ms).median():.0f} |")
+    text = "\n".join(lines) + "\n\n" + estimators(f"{folder}/spo-seed0/best.pt")
+    with open(f"{folder}/questions.md", "w") as f:
+        f.write(text)
+    print(text)
+
+
+def estimators(checkpoint: str, batches: int = 400) -> str:
+    """
+    The KL's gradient at a checkpoint from batches of R fresh stories, by Appendix D's token-wise KL and by the
+    score function: the former's bias and the noise of both, relative to the true gradient's norm.
+    """
+    s = spo.get_args(["--algo", "spo"])
+    policy, ref = load(checkpoint), load(s.init)
+    gradients = {"token": [], "sequence": []}
+    for i in range(batches):
+        y = spo.sample(policy, s.R, s, (ESTIMATE, i))
+        mask, logits, ref_logits = spo.story_mask(y)[:, 1:], policy(y[:, :-1]), ref(y[:, :-1]).detach()
+        for name, kl in (("token", spo.token_kl(logits, ref_logits, mask)),
+                         ("sequence", spo.sequence_kl(logits, ref_logits, y[:, 1:], mask))):
+            parts = torch.autograd.grad(kl.mean(), policy.parameters(), retain_graph=True)
+            gradients[name].append(torch.cat([part.flatten() for part in parts]))
+    token, sequence = (torch.stack(gradients[name]) for name in ("token", "sequence"))   # (batches, parameters)
+
+    def norm(g):  # of the mean, without what the batches' noise adds to it
+        n = len(g)
+        return ((g.sum(0).square().sum() - g.square().sum()) / (n * (n - 1))).clamp(min=0).sqrt()
+
+    def noise(g):
+        return g.var(0).sum().sqrt()
+
+    return (f"KL gradient, {batches} batches of {s.R}: token-wise KL bias {norm(token - sequence) / norm(sequence):.2f}, "
+            f"noise {noise(token) / norm(sequence):.2f}; score function bias 0, noise "
+            f"{noise(sequence) / norm(sequence):.2f}; cosine of the two mean gradients "
+            f"{torch.cosine_similarity(token.mean(0), sequence.mean(0), dim=0):.2f}\n")
+
+
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", choices=("toy", "toy-naive"), default="toy")
-    model = p.parse_args(argv).model
-    report(model, f"out/report/{model}")
+    p.add_argument("--model", choices=("toy", "toy-naive"), default="toy", help="whose expert")
+    p.add_argument("--questions", action="store_true", help="instead, one setting of SPO changed at a time")
+    a = p.parse_args(argv)
+    if a.questions:
+        questions("out/report/questions")
+    else:
+        report(a.model, f"out/report/{a.model}")
 
 
 if __name__ == "__main__":

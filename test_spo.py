@@ -1449,7 +1449,7 @@ def test_a_small_report(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "figure", lambda runs, path: None)
     report.report("toy", "r")
     first = open("r/table.md").read()
-    assert first.count("\n") == 4 and "±" in first
+    assert first.count("\n") == 9 and "±" in first
     times = {name: os.stat(f"r/{name}/log.jsonl").st_mtime_ns for name in os.listdir("r") if "seed" in name}
     assert len(times) == 3 + 4
     report.report("toy", "r")
