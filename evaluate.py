@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import re
+import textwrap
 import threading
 import time
 import urllib.error
@@ -23,6 +24,11 @@ import torch
 
 import toyworld
 from model import ModelArgs, UserError, cli, full_precision, load
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see python {self.prog} --help).")
 
 
 def load_tokenizer(path: str, vocab_size: int):
@@ -53,8 +59,10 @@ def load_tokens(path: str, args: ModelArgs, responses: Iterable[int], rows: int)
         raise UserError(f"{path} is not there: `make data` makes the toy world's.") from None
     except (ValueError, EOFError, OSError) as e:
         raise UserError(f"{path} is not a token file ({str(e)[:80]}): make it with `make data`.") from None
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint16 or data.ndim != 3 or data.size == 0:
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint16 or data.ndim != 3:
         raise UserError(f"{path} is not a token file: make it with `make data`.")
+    if data.size == 0:
+        raise UserError(f"{path} holds no rows: make it from more preferences.")
     if data.max() >= args.vocab_size or not 2 <= data.shape[2] <= args.max_seq_len + 1:
         raise UserError(f"{path} holds tokens or lengths this model does not have: make it with `make data`.")
     if data.shape[1] not in responses:
@@ -66,9 +74,6 @@ def load_tokens(path: str, args: ModelArgs, responses: Iterable[int], rows: int)
 
 # ---------------------------------------------------------------------------------------------------
 # Judges that give a story a reward r: the toy world's expert with its two tastes, and a reward model
-
-JUDGES = ("expert", "naive", "reward", "llm")
-
 
 TASTES = dict(expert="limited", naive="naive")  # judge: what it likes
 
@@ -91,8 +96,8 @@ def story_reward(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
 def win_rate(r: torch.Tensor, r_ref: torch.Tensor) -> tuple[float, float]:
     """
     E[sigmoid(r(y) - r(y_ref))] over every y with reward in r (N,) against every y_ref with reward in
-    r_ref (M,): the chance, without label noise, that the expert prefers the model's story to the
-    reference's (Eq. 2). With its standard error, both samples counted.
+    r_ref (M,): the chance, without label noise, that the judge prefers the model's story to the
+    reference's (Eq. 2), where r is the expert's or a reward model's. With its standard error, both samples counted.
     """
     wins = torch.sigmoid(r[:, None] - r_ref)  # (N, M)
     variance = wins.mean(1).var() / len(r) + wins.mean(0).var() / len(r_ref)
@@ -115,13 +120,11 @@ def patiently(url: str, attempt, hint: dict):
         try:
             return attempt()
         except urllib.error.HTTPError as e:
-            trouble, after, hint_now = f"it answers {e.code}", e.headers.get("Retry-After", ""), hint.get(e.code)
-            passing = e.code in (416, 425, 429) or e.code >= 500
+            trouble, after, status = f"it answers {e.code}", e.headers.get("Retry-After", ""), e.code
         except (OSError, http.client.HTTPException) as e:  # no connection, silence, a cut in mid-body
-            trouble, after, hint_now = str(getattr(e, "reason", e)) or type(e).__name__, "", None
-            passing = True
-        if not passing or not left:
-            raise UserError(f"{url} cannot be fetched ({trouble}): {hint_now or hint[None]}.")
+            trouble, after, status = str(getattr(e, "reason", e)) or type(e).__name__, "", 500
+        if not left or status not in (416, 425, 429) and status < 500:
+            raise UserError(f"{url} cannot be fetched ({trouble}): {hint.get(status, hint[None])}.")
         pause = min(float(after), 60.0) if after.isdigit() else wait
         print(f"{url}: {trouble}; again in {pause:.0f} s", flush=True)
         time.sleep(pause)
@@ -135,7 +138,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def ask(question: str) -> str:
     """The endpoint's reply, empty if it is not one."""
-    url, model, key = (os.environ.get(name, "") for name in ("OPENAI_BASE_URL", "JUDGE_MODEL", "OPENAI_API_KEY"))
+    url, model, key = (os.environ.get(name, "").strip() for name in ("OPENAI_BASE_URL", "JUDGE_MODEL", "OPENAI_API_KEY"))
     if not url.startswith(("http://", "https://")) or not model or not (key.isascii() and key.isprintable()):
         raise UserError("the judge is not named: set OPENAI_BASE_URL (http...), JUDGE_MODEL and, where the endpoint "
                         "wants one, OPENAI_API_KEY.")
@@ -182,12 +185,11 @@ better in all of that, and decide. End with these three lines, with a number in 
 {mark} score of story 1: ?
 {mark} score of story 2: ?
 {mark} better story: ?""")
-    found = set(re.findall(rf"^\W*{mark} (score of story 1|score of story 2|better story): *(\d+\.?\d*)(?:/10)?\W*$",
-                           reply.replace("\r", ""), re.M))
-    said = {name: float(number) for name, number in found}
-    if len(found) != 3 or len(said) != 3:  # something lacks, or is said twice and differs
+    said = [{float(number) for number in re.findall(rf"^\W*{mark} {name}: *(\d+\.?\d*)(?:/10)?\W*$", reply, re.M)}
+            for name in ("score of story 1", "score of story 2", "better story")]
+    if any(len(numbers) != 1 for numbers in said):  # something lacks, or is said twice and differs
         return None
-    score_1, score_2, better = (said[name] for name in ("score of story 1", "score of story 2", "better story"))
+    (score_1,), (score_2,), (better,) = said
     if max(score_1, score_2) > 10 or better not in (1, 2) or (score_1 - score_2) * (1.5 - better) < 0:
         return None  # out of range, or it prefers the story that it gives less
     return score_1, score_2, int(better)
@@ -305,25 +307,20 @@ FRESH, FRESH_REF = 200, 201  # what stories are sampled for: keys of spo.rng
 
 def main(argv=None) -> None:
     import spo  # which imports this file for the evaluations of training
-
-    def error(message):
-        raise UserError(f"{message} (see python evaluate.py --help).")
-
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint")
     p.add_argument("--n", type=int, default=1000, help="fresh stories of each model")
-    p.error = error
     a, rest = p.parse_known_args(argv)
     if a.n < 2:
-        error(f"--n is {a.n}: it must be 2 or more")
+        p.error(f"--n is {a.n}: it must be 2 or more")
     s = spo.get_args(rest)
     policy, ref = load(a.checkpoint, s.device), load(s.init, s.device)
     tokenizer = load_tokenizer(s.tokenizer, policy.args.vocab_size)
     y_ref = spo.sample(ref, a.n, s, (FRESH_REF,))
     judge = judge_of(s, tokenizer, y_ref, spo.story_mask(y_ref))
-    found = dict(judge=s.judge, n=a.n) | spo.measure(policy, ref, judge, s, a.n, (FRESH,))
-    print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                    for name, value in found.items()))
+    found = spo.measure(policy, ref, judge, s, a.n, (FRESH,))
+    print(textwrap.fill("  ".join(f"{name} {value if isinstance(value, str) else format(value, '.4g')}"
+                                  for name, value in found.items()), 80))
     write_json(f"{a.checkpoint.removesuffix('.pt')}.json", found)
 
 

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 
 import spo
 import toyworld
-from evaluate import (JUDGES, TASTES, TIMEOUT, expert, judge_pairs, load_tokenizer, patiently, preferred,
-                      verdict_of, write_json)
+from evaluate import (JUDGES, TASTES, TIMEOUT, Parser, expert, judge_pairs, load_tokenizer, patiently,
+                      preferred, verdict_of, write_json)
 from model import BOS, ModelArgs, Transformer, UserError, cli, load, save
 
 # The toy world's writer: 189,632 parameters, and a pre-training that takes it to the grammar's entropy.
@@ -102,8 +102,9 @@ def toy(a) -> None:
     """The embedded world: the grammar's stories, the writer they train, its stories as the expert ranks them."""
     os.makedirs(a.data, exist_ok=True)
     tokenizer = load_tokenizer(a.tokenizer, VOCAB)
-    s = spo.get_args([*f"--algo sft --model {a.what} --seed {a.seed} --steps {a.sft_steps} {SFT}".split(), "--data", a.data,
-                      "--init", f"{a.data}/init.pt", "--out", f"{a.data}/sft", "--tokenizer", a.tokenizer])
+    s = spo.get_args([*f"--algo sft --model {a.what} --seed {a.seed} --steps {a.sft_steps} {SFT}".split(),
+                      "--data", a.data, "--init", f"{a.data}/init.pt", "--out", f"{a.data}/sft",
+                      "--tokenizer", a.tokenizer])
 
     def write(path, n, seed):
         rng = random.Random(seed)
@@ -257,11 +258,11 @@ def write_rows(a, name: str, rows: np.ndarray) -> None:
     if len(kept) < 2:
         raise UserError(f"only {len(kept)} different rows for {name}.npy are left: give more.")
     out, length = np.array([held_out(row) for row in kept]), (kept != BOS).sum(2)
-    print(f"{name}: {len(rows)} rows, less {len(rows) - len(different)} with the same story twice and "
-          f"{len(different) - len(kept)} duplicates: {(~out).sum()} to train on, {out.sum()} held out\n"
-          f"{(kept[:, :, -1] != BOS).sum()} of the stories are cut at {rows.shape[2] - 1} tokens; the best is longer "
-          f"than the last in {(length[:, 0] > length[:, -1]).mean():.0%}, mean {length[:, 0].mean():.0f} and "
-          f"{length[:, -1].mean():.0f}")
+    print(f"{name}: {len(rows)} rows; {len(rows) - len(different)} with the same story twice and "
+          f"{len(different) - len(kept)} duplicates dropped\n  {(~out).sum()} to train on, {out.sum()} held out; "
+          f"{(kept[:, :, -1] != BOS).sum()} stories cut at {rows.shape[2] - 1} tokens\n  mean length of the best "
+          f"{length[:, 0].mean():.0f}, of the last {length[:, -1].mean():.0f}; the best is longer in "
+          f"{(length[:, 0] > length[:, -1]).mean():.0%}")
     for file, part in ((name, kept[~out]), (f"heldout_{name}", kept[out])):
         write_tokens(f"{a.data}/{file}.npy", part)
         if os.path.exists(f"{a.data}/{file}.npy.json"):
@@ -353,7 +354,7 @@ def released(a) -> None:
         def attempt():
             with urllib.request.urlopen(urllib.request.Request(f"{host}/api/repo/{path}",
                                                                headers={"User-Agent": "spo"}), timeout=TIMEOUT) as f:
-                return f.read()
+                return f.read(1 << 30)
         return patiently(f"{host}/api/repo/{path}", attempt, {None: "the release is not to be had there"})
 
     def files(name, under=""):
@@ -431,13 +432,17 @@ def made(a) -> None:
         def note(pair, order, said):
             f.write(json.dumps(dict(pair=pair, order=order, verdict=said)) + "\n")
             f.flush()
+            known[pair, order] = said
+            if len(known) % 500 == 0:
+                print(f"{len(known)} of {2 * len(rows)} verdicts", flush=True)
         verdicts = judge_pairs(texts, verdict, known, note)
 
     better = [preference(*both) for both in verdicts]
     counts = {reason: better.count(reason) for reason in ("inconsistent", "too close", "invalid")}
     kept = [i for i, which in enumerate(better) if which in (0, 1)]
-    print(f"{len(rows)} pairs judged by {judge} in both orders: {len(kept)} kept, of which the first is better in "
-          f"{sum(better[i] == 0 for i in kept)}; " + ", ".join(f"{n} {reason}" for reason, n in counts.items()))
+    print(f"{len(rows)} pairs judged by {judge} in both orders:",
+          ", ".join(f"{n} {reason}" for reason, n in counts.items()))
+    print(f"  {len(kept)} kept, of which the first is better in {sum(better[i] == 0 for i in kept)}")
     with open(f"{a.data}/made.jsonl.part", "w") as f:
         for i in kept:
             chosen, rejected = texts[i][::-1 if better[i] else 1]
@@ -457,7 +462,7 @@ def pairs_of(a) -> None:
     if a.what.startswith("toy"):
         return  # its judge is the expert, its stories are there
     s = spo.get_args(["--model", a.what, "--seed", str(a.seed), "--data", a.data, "--tokenizer", a.tokenizer,
-                      "--algo", "reward", "--out", f"{a.data}/reward", "--steps", str(a.reward_steps),
+                      "--algo", "reward", "--batch", "32", "--out", f"{a.data}/reward", "--steps", str(a.reward_steps),
                       "--warmup", str(a.reward_steps // 10), "--eval_every", str(a.reward_steps)])
 
     def sample_ref(path, n, seed):
@@ -474,28 +479,24 @@ def pairs_of(a) -> None:
 
 
 def main(argv=None) -> None:
-    def error(message):
-        raise UserError(f"{message} (see python prepare_data.py --help).")
-
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=("toy", "toy-naive", *PUBLISHED, "tokenizer"))
     p.add_argument("--data", help="folder the files go to; default data/<what>")
     p.add_argument("--tokenizer", help="default: tokenizer.model, or <data>/tokenizer.model of a published model")
     p.add_argument("--source", help="of pairs: made, released, or a .jsonl or .json file or a folder of them")
     p.add_argument("--judge", choices=JUDGES, help="who labels made pairs; default: toy: its expert, else llm")
-    p.add_argument("--reward_steps", type=int, default=1000, help="steps a published model's reward model is fitted for")
+    p.add_argument("--reward_steps", type=int, default=1000, help="steps of fitting a published model's reward model")
     p.add_argument("--seed", type=int, default=0, help="of the stories, the training and the sampling")
     p.add_argument("--stories", type=int, default=20_000, help="stories of the grammar to learn from")
     p.add_argument("--sft_steps", type=int, default=1000, help="steps of pre-training")
     p.add_argument("--pairs", type=int, default=4000, help="pairs to make; half as many rows of four ranked stories")
     p.add_argument("--ref", type=int, default=2000, help="stories of the writer, to compare with and for SLiC-HF")
-    p.error = error
     a = p.parse_args(argv)
     for name in ("stories", "sft_steps", "pairs", "ref", "reward_steps"):
         if getattr(a, name) < 2:
-            error(f"--{name} is {getattr(a, name)}: it must be 2 or more")
+            p.error(f"--{name} is {getattr(a, name)}: it must be 2 or more")
     a.data = a.data or f"data/{a.what}"
-    a.tokenizer = a.tokenizer or ("" if a.what in ("toy", "toy-naive", "tokenizer") else f"{a.data}/") + "tokenizer.model"
+    a.tokenizer = a.tokenizer or (f"{a.data}/" if a.what in PUBLISHED else "") + "tokenizer.model"
     try:
         if a.what == "tokenizer":
             train_tokenizer(a.tokenizer)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import spo
-from evaluate import peak, read_log, write_json
+from evaluate import Parser, peak, read_log, write_json
 from model import UserError, cli, load
 
 # ---------------------------------------------------------------------------------------------------
@@ -118,12 +118,13 @@ def frontier(runs: dict) -> str:
     lines = ["| KL, nats a story | " + " | ".join(f"{low} to {high}" for low, high in bands) + " |", "|" + " --- |" * 9]
     for algo, seeds in runs.items():
         cells = [[r["win"] for _, log in seeds for r in log if low <= r["kl"] < high] for low, high in bands]
-        lines.append(f"| `{algo}` | " + " | ".join(f"{sum(c) / len(c):.3f} ({len(c)})" if c else "-" for c in cells) + " |")
+        means = [f"{sum(wins) / len(wins):.3f} ({len(wins)})" if wins else "-" for wins in cells]
+        lines.append(f"| `{algo}` | {' | '.join(means)} |")
     return "\n".join(lines) + "\n"
 
 
 def figure(runs: dict, path: str) -> None:
-    """Figure 1: win-rate against steps and against KL; means over the seeds, and bands of a standard deviation."""
+    """Figure 1: win-rate against steps and KL; means over the seeds, bands of a standard deviation."""
     try:
         import matplotlib
     except ImportError:
@@ -168,7 +169,7 @@ def questions(folder: str) -> None:
     trials = [(change, seed) for change in QUESTIONS for seed in SEEDS[:2]]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(trials, pool.map(lambda trial: one(*trial), trials)))
-    lines = [f"| changed | peak win-rate | at step {STEPS} | KL there | entropy there | ms a step |", "|" + " --- |" * 6]
+    lines = [f"| changed | peaks | at step {STEPS} | KL there | entropy there | ms a step |", "|" + " --- |" * 6]
     for change in QUESTIONS:
         peaks, logs = zip(*(found[change, seed] for seed in SEEDS[:2]))
         ends = [log[-1] for log in logs]
@@ -213,7 +214,7 @@ def estimators(checkpoint: str, batches: int = 400) -> str:
 
 
 def main(argv=None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=("toy", "toy-naive"), default="toy", help="whose expert")
     p.add_argument("--questions", action="store_true", help="instead, one setting of SPO changed at a time")
     a = p.parse_args(argv)

@@ -20,7 +20,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from evaluate import JUDGES, judge_of, load_tokenizer, load_tokens, peak, read_log, story_reward
+from evaluate import JUDGES, Parser, judge_of, load_tokenizer, load_tokens, peak, read_log, story_reward
 from model import BOS, UserError, cli, full_precision, generate, load, read_checkpoint, save
 
 # ---------------------------------------------------------------------------------------------------
@@ -214,13 +214,9 @@ MODELS = ({"toy": TOY, "toy-naive": TOY | dict(judge="naive")}
 
 def get_args(argv=None) -> argparse.Namespace:
     """The command line, checked, with every default filled in."""
-    def error(message):
-        raise UserError(f"{message} (see python spo.py --help).")
-
-    p = argparse.ArgumentParser(argument_default=argparse.SUPPRESS,
-                                description="Align a story writer by SPO (arXiv 2405.00747), DPO, IPO or SLiC-HF.")
-    p.error = error
-    p.add_argument("--algo", choices=LOSSES, default="spo", help="the loss; sft: plain likelihood; reward: a reward model")
+    p = Parser(description="Align a story writer by SPO (arXiv 2405.00747), DPO, IPO or SLiC-HF.",
+               argument_default=argparse.SUPPRESS)
+    p.add_argument("--algo", choices=LOSSES, default="spo", help="the loss; sft: likelihood; reward: a reward model")
     p.add_argument("--alpha", type=float, help="softness: the target is softmax(r / alpha)")
     p.add_argument("--beta", type=float, help="weight of the regulariser; DPO: Eq. 5's; IPO: its tau")
     p.add_argument("--gamma", type=float, help="exponent of Section 4's pair weight mu; 0: unweighted")
@@ -251,7 +247,7 @@ def get_args(argv=None) -> argparse.Namespace:
     reads = LOSSES[s.algo][2]
     unread = {name for _, _, settings in LOSSES.values() for name in settings} - reads.keys()
     for name in unread & vars(s).keys():
-        error(f"--{name} is not read by {s.algo}, which reads {', '.join(reads) or 'none of these'}")
+        p.error(f"--{name} is not read by {s.algo}, which reads {', '.join(reads) or 'none of these'}")
     for name, default in (reads | MODELS[s.model]).items():
         if name not in unread:
             setattr(s, name, getattr(s, name, default))
@@ -259,9 +255,9 @@ def get_args(argv=None) -> argparse.Namespace:
                   steps=1, batch=1, max_new=1, eval_every=1, eval_stories=2, log_every=1)
     for name, low in lowest.items():
         if not low <= getattr(s, name, low) < math.inf:
-            error(f"--{name} is {getattr(s, name)}: it must be a number from {low} on")
+            p.error(f"--{name} is {getattr(s, name)}: it must be a number from {low} on")
     if s.algo == "ipo" and s.beta == 0:
-        error("--beta is 0: ipo's target margin is 1/(2 beta), so it must be above 0")
+        p.error("--beta is 0: ipo's target margin is 1/(2 beta), so it must be above 0")
 
     s.data = getattr(s, "data", f"data/{s.model}")
     s.init = getattr(s, "init", f"{s.data}/sft.pt")
@@ -320,13 +316,9 @@ def record(s, **r):
         print("{step:6d} {loss:8.3f} {pref:8.3f} {kl:6.2f} {margin:7.2f} {accuracy:5.2f} {lr:8.1e} "
               "{ms:6.1f} {tokens_s:6.0f}".format(**r).replace("nan", "  -"),
               "{:3.0f}:{:02.0f}".format(*divmod(int(r["left"]), 60)), flush=True)
-    elif "win" in r:
-        print("@{step} win {win:.3f}±{win_se:.3f} kl {kl:.2f} entropy {entropy:.1f} length {length:.0f} "
-              "closed {closed:.2f}".format(**r), flush=True)
-    elif "nats" in r:
-        print("@{step} {nats:.2f} nats a held-out story".format(**r), flush=True)
     else:
-        print("@{step} {right:.3f} of the held-out pairs are ranked right".format(**r), flush=True)
+        shown = ("win", "win_se", "kl", "entropy", "length", "closed", "nats", "right")
+        print(f"@{r['step']}", *(f"{name} {r[name]:.4g}" for name in shown if name in r), flush=True)
 
 
 @torch.no_grad()
@@ -344,9 +336,9 @@ def measure(policy, ref, judge, s, n, key) -> dict:
         entropy.append((torch.distributions.Categorical(logits=logits).entropy() * m).sum(1))
     length = mask.sum(1, keepdim=True)
     closed = y.gather(1, length) == BOS
-    return judge(y, mask) | dict(kl=torch.cat(kl).mean().item(), entropy=torch.cat(entropy).mean().item(),
-                                 length=length.float().mean().item(),
-                                 closed=closed.float().mean().item())
+    return dict(judge=s.judge, n=n) | judge(y, mask) | dict(
+        kl=torch.cat(kl).mean().item(), entropy=torch.cat(entropy).mean().item(),
+        length=length.float().mean().item(), closed=closed.float().mean().item())
 
 
 def evaluate(policy, ref, judge, others, s, step):

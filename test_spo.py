@@ -1254,9 +1254,9 @@ def test_made_pairs_survive_a_stop_and_nothing_is_asked_twice(world, tmp_path, e
     prepare_data.main([*argv, data])
     asked = [question for _, _, question, _ in endpoint.asked]
     assert len(asked) == len(set(asked)) == 2 * 48 - 41 and not set(asked) & set(answered)
-    shown = re.search(r"48 pairs judged by judge-1 in both orders: (\d+) kept, .* in (\d+); (\d+) inconsistent, "
-                      r"(\d+) too close, (\d+) invalid", capsys.readouterr().out)
-    kept, first, inconsistent, close, invalid = map(int, shown.groups())
+    shown = re.search(r"48 pairs judged by judge-1 in both orders: (\d+) inconsistent, (\d+) too close, (\d+) "
+                      r"invalid\n  (\d+) kept, of which the first is better in (\d+)", capsys.readouterr().out)
+    inconsistent, close, invalid, kept, first = map(int, shown.groups())
     assert kept + inconsistent == 48 and 0 < first < kept < 48 and close == invalid == 0
     # the JSONL says the same as the token files, whose tokens are the model's own
     lines = [json.loads(line) for line in open(f"{data}/made.jsonl")]
@@ -1290,7 +1290,7 @@ def test_files_are_imported(world, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(x) + "\n\n" for x in pairs))
     prepare_data.main(["toy", *TINY_WORLD, "--data", data, "--source", str(tmp_path / "p.jsonl")])
     out = capsys.readouterr().out
-    assert "103 rows, less 1 with the same story twice and 1 duplicates" in out and "1 of the stories are cut at 100" in out
+    assert "103 rows; 1 with the same story twice and 1 duplicates dropped" in out and "1 stories cut at 100" in out
     train, held = (np.load(f"{data}/{name}.npy") for name in ("pairs", "heldout_pairs"))
     assert len(train) + len(held) == 101 and 0 < len(held) < 20 and train.dtype == np.uint16
     found = {tuple(tokenizer.decode(row.astype(int).tolist())) for row in np.concatenate([train, held])}
