@@ -149,7 +149,7 @@ class Transformer(nn.Module):
     def scalar_head(self):
         """Turns this into a reward model: one number a position in the place of the logits, 0 to begin with."""
         if len(self.output.weight) > 1:
-            self.output = nn.Linear(self.args.dim, 1, bias=False)
+            self.output = nn.Linear(self.args.dim, 1, bias=False, device=self.output.weight.device)
             nn.init.zeros_(self.output.weight)
         return self
 

@@ -110,8 +110,7 @@ LOSSES = {
                 logp[:, 0], logp[:, 1], s.alpha,
                 pair_weight(logp[:, 0], logp[:, 1], s.gamma) if s.gamma > 0 else None),
             "pairs", dict(alpha=0.01, beta=0.05, gamma=0.0, R=8, k=8, kl="token")),
-    "best_of_n": (lambda s, logp, ref: best_of_n_loss(
-                      logp, torch.zeros(len(logp), dtype=torch.long, device=logp.device), s.alpha),
+    "best_of_n": (lambda s, logp, ref: best_of_n_loss(logp, logp.new_zeros(len(logp)).long(), s.alpha),
                   "best", dict(alpha=0.01, beta=0.1, R=8, k=8, kl="token")),
     "ranked": (lambda s, logp, ref: ranked_loss(logp, s.alpha),
                "ranked", dict(alpha=0.01, beta=0.1, R=8, k=8, kl="token")),
@@ -356,30 +355,35 @@ def evaluate(policy, ref, judge, others, s, step):
         save(policy, f"{s.out}/best.pt")
 
 
-def train(s) -> int:
-    """Minimises Eq. 1 from s.init, which is the reference too, on the data in s.data -> the step reached."""
-    loss_of, file, reads = LOSSES[s.algo]
+def take_in(s):
+    """What a run reads -> reference, policy, data (N, n, T), stories or pairs to evaluate with, judge."""
     ref = load(s.init, s.device).requires_grad_(False)
     policy = load(f"{s.out}/ckpt.pt" if s.resume else s.init, s.device)
-    score = seq_logp
-    if s.algo == "reward":
-        policy, score = policy.scalar_head(), story_reward
-    tokenizer = load_tokenizer(s.tokenizer, policy.args.vocab_size)
+    tokenizer = load_tokenizer(s.tokenizer, ref.args.vocab_size)
+    file = LOSSES[s.algo][1]
     n = dict(stories=(1,), pairs=(2,)).get(file, range(2, 100))  # responses a row
-    data = load_tokens(f"{s.data}/{file}.npy", ref.args, n, s.batch)                    # (N, n, T)
-    others = dict(sft="heldout", reward="heldout_pairs").get(s.algo, "ref")
-    others = load_tokens(f"{s.data}/{others}.npy", ref.args, (1, 2), 1 if s.algo == "reward" else s.batch)
+    data = load_tokens(f"{s.data}/{file}.npy", ref.args, n, s.batch)
     if s.max_new > (longest := ref.args.max_seq_len):
         raise UserError(f"--max_new is {s.max_new}, but the model reads {longest} tokens at most.")
+    if s.algo == "sft":
+        return ref, policy, data, load_tokens(f"{s.data}/heldout.npy", ref.args, (1,), 1), None
+    if s.algo == "reward":
+        return ref, policy.scalar_head(), data, load_tokens(f"{s.data}/heldout_pairs.npy", ref.args, (2,), 1), None
+    others = load_tokens(f"{s.data}/ref.npy", ref.args, (1,), s.batch)
+    y_ref = get_stories(others, torch.arange(len(others)), s)                               # (M, T)
+    return ref, policy, data, others, judge_of(s, tokenizer, y_ref, story_mask(y_ref))
+
+
+def train(s) -> int:
+    """Minimises Eq. 1 from s.init, which is the reference too, on the data in s.data -> the step reached."""
+    loss_of, _, reads = LOSSES[s.algo]
+    score = story_reward if s.algo == "reward" else seq_logp
+    ref, policy, data, others, judge = take_in(s)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.lr, betas=(0.9, 0.95), fused=True)
     step, y_kl, window = take_up(s, optimizer) if s.resume else begin(s)
     print(textwrap.fill(" ".join(f"{k}={v}" for k, v in vars(s).items()), 80, break_on_hyphens=False))
 
     ref_logp = data_logp(ref, data, s) if s.algo in ("dpo", "ipo") else torch.zeros(data.shape[:2])
-    judge = None
-    if s.algo not in ("sft", "reward"):
-        y_ref = get_stories(others, torch.arange(len(others)), s)                       # (M, T)
-        judge = judge_of(s, tokenizer, y_ref, story_mask(y_ref))
     # the first Ctrl-C finishes the step and saves, the second leaves at once
     first, began, stop = step, time.perf_counter(), []
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
@@ -443,12 +447,13 @@ def train(s) -> int:
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if step == s.steps and judge:
-        report(policy, ref, tokenizer, s)
+        report(policy, ref, s)
     return step
 
 
-def report(policy, ref, tokenizer, s):
+def report(policy, ref, s):
     """The peak, and three stories before and after, drawn with the same random numbers."""
+    tokenizer = load_tokenizer(s.tokenizer, ref.args.vocab_size)
     print("peak win-rate {win:.3f} ± {win_se:.3f} at step {step}, kl {kl:.2f}\n".format(**peak(s.out)))
     pairs = zip(*(tokenizer.decode(sample(model, 3, s, (SHOW,)).tolist()) for model in (ref, policy)))
     text = "".join(textwrap.fill(f"{when}: {story}", 80, subsequent_indent="        ") + "\n"

@@ -872,7 +872,7 @@ def test_data_are_made_once_and_anew_when_settings_change(world, tmp_path, capsy
     ("--init {tmp}/text.pt", "text.pt cannot be read"), ("--init {tmp}/list.pt", "list.pt is not a llama2.c checkpoint"),
     ("--init {tmp}/other.pt", "640"), ("--init {tmp}/misfit.pt", "do not fit"), ("--init {tmp}/noargs.pt", "do not fit"),
     ("--init {tmp}/empty.pt", "empty.pt cannot be read"), ("--data {tmp}/four", "4 responses a row"),
-    ("--data {tmp}/long", "lengths this model does not have"), ("--data {tmp}/none", "not a token file"),
+    ("--data {tmp}/long", "lengths this model does not have"), ("--data {tmp}/none", "holds no rows"),
     ("--data nowhere", "nowhere/sft.pt is not there"), ("--data {tmp}", "sft.pt is not there"),
     ("--tokenizer nowhere.model", "nowhere.model is not there"), ("--tokenizer {tmp}/text.pt", "not a sentencepiece model"),
     ("--out {tmp}/text.pt/run", "cannot be written"), ("--resume", "ckpt.pt is not there"),
