@@ -9,6 +9,7 @@ Other flags are spo.py's: --model, --data, --judge, --seed, ...
 import argparse
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -283,7 +284,33 @@ def judge_of(s, tokenizer, y_ref, mask_ref):
 
 
 # ---------------------------------------------------------------------------------------------------
-# A run's log
+# A run's folder and its log
+
+def begin(s):
+    """Makes a run's folder -> first step, no rollout. An earlier run of that name moves aside."""
+    try:
+        if os.path.exists(f"{s.out}/log.jsonl"):
+            aside = next(a for i in itertools.count(1) if not os.path.exists(a := f"{s.out}.{i}"))
+            os.rename(s.out, aside)
+            print(f"the earlier run in {s.out} is now in {aside}")
+        os.makedirs(s.out, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{s.out} cannot be written ({e.strerror}): name another with --out.") from None
+    return 0, None, []
+
+
+def record(s, **r):
+    """Adds a line to the run's log and shows it, in at most 80 characters."""
+    with open(f"{s.out}/log.jsonl", "a") as f:
+        f.write(json.dumps({k: None if v != v else v for k, v in r.items()}) + "\n")  # JSON has no NaN
+    if "loss" in r:
+        print("{step:6d} {loss:8.3f} {pref:8.3f} {kl:6.2f} {margin:7.2f} {accuracy:5.2f} {lr:8.1e} "
+              "{ms:6.1f} {tokens_s:6.0f}".format(**r).replace("nan", "  -"),
+              "{:3.0f}:{:02.0f}".format(*divmod(int(r["left"]), 60)), flush=True)
+    else:
+        shown = ("win", "win_se", "kl", "entropy", "length", "closed", "nats", "right")
+        print(f"@{r['step']}", *(f"{name} {r[name]:.4g}" for name in shown if name in r), flush=True)
+
 
 def read_log(out: str) -> list[dict]:
     """The records of the run in folder out: each has a step, and the loss or an evaluation after it."""

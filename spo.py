@@ -9,7 +9,6 @@ are the paper's. The losses need nothing but torch: copy the one you want.
 """
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -20,7 +19,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from evaluate import JUDGES, Parser, judge_of, load_tokenizer, load_tokens, peak, read_log, story_reward
+from evaluate import (JUDGES, Parser, begin, judge_of, load_tokenizer, load_tokens, peak, read_log, record,
+                      story_reward)
 from model import BOS, UserError, cli, full_precision, generate, load, read_checkpoint, save
 
 # ---------------------------------------------------------------------------------------------------
@@ -276,19 +276,6 @@ def learning_rate(s, step):
     return s.lr * warm * (1 + math.cos(math.pi * done)) / 2
 
 
-def begin(s):
-    """Makes a run's folder -> first step, no rollout. An earlier run of that name moves aside."""
-    try:
-        if os.path.exists(f"{s.out}/log.jsonl"):
-            aside = next(a for i in itertools.count(1) if not os.path.exists(a := f"{s.out}.{i}"))
-            os.rename(s.out, aside)
-            print(f"the earlier run in {s.out} is now in {aside}")
-        os.makedirs(s.out, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{s.out} cannot be written ({e.strerror}): name another with --out.") from None
-    return 0, None, []
-
-
 def take_up(s, optimizer):
     """Goes on from a run's checkpoint -> step, rollout, window; the log is cut back to there."""
     checkpoint = read_checkpoint(f"{s.out}/ckpt.pt", s.device)
@@ -305,19 +292,6 @@ def take_up(s, optimizer):
         f.writelines(json.dumps(r) + "\n" for r in kept)
     os.replace(f"{s.out}/log.jsonl.part", f"{s.out}/log.jsonl")
     return checkpoint["step"], checkpoint["rollout"], checkpoint["window"]
-
-
-def record(s, **r):
-    """Adds a line to the run's log and shows it, in at most 80 characters."""
-    with open(f"{s.out}/log.jsonl", "a") as f:
-        f.write(json.dumps({k: None if v != v else v for k, v in r.items()}) + "\n")  # JSON has no NaN
-    if "loss" in r:
-        print("{step:6d} {loss:8.3f} {pref:8.3f} {kl:6.2f} {margin:7.2f} {accuracy:5.2f} {lr:8.1e} "
-              "{ms:6.1f} {tokens_s:6.0f}".format(**r).replace("nan", "  -"),
-              "{:3.0f}:{:02.0f}".format(*divmod(int(r["left"]), 60)), flush=True)
-    else:
-        shown = ("win", "win_se", "kl", "entropy", "length", "closed", "nats", "right")
-        print(f"@{r['step']}", *(f"{name} {r[name]:.4g}" for name in shown if name in r), flush=True)
 
 
 @torch.no_grad()

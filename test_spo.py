@@ -1421,17 +1421,34 @@ def test_pairs_of_a_published_model_bring_its_stories_and_a_reward_model(world, 
 # ---------------------------------------------------------------------------------------------------
 # The report
 
-def test_the_table_of_the_report():
-    """Peak from the fresh evaluation, 300 and five times the peak's step from the log, leads by seed."""
+def some_runs():
     def seeds(peaks, wins):
         return [(dict(step=step, win=win, kl=2.0, entropy=40.0),
-                 [dict(step=t, win=wins + t / 10_000, kl=1.0) for t in range(0, 1501, 50)]) for step, win in peaks]
+                 [dict(step=t, win=wins + t / 10_000, kl=t / 100) for t in range(0, 1501, 50)]) for step, win in peaks]
 
-    runs = dict(spo=seeds([(100, 0.8), (200, 0.9)], 0.5), dpo=seeds([(50, 0.7), (100, 0.6)], 0.3))
+    return dict(spo=seeds([(100, 0.8), (200, 0.9)], 0.5), dpo=seeds([(50, 0.7), (100, 0.6)], 0.3))
+
+
+def test_the_tables_of_the_report():
+    """Peak from the fresh evaluation, 300 and five times the peak's step from the log, leads by seed."""
+    runs = some_runs()
     lines = report.table(runs, dict(spo="--algo spo --alpha 1", dpo="--algo dpo --beta 1")).splitlines()
     spo_row, dpo_row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:])
     assert spo_row == ["`spo --alpha 1`", "0.850 ± 0.050", "150", "2.0", "40.0", "0.530 ± 0.000", "0.575 ± 0.025", "", ""]
     assert dpo_row[-4:] == ["0.330 ± 0.000", "0.338 ± 0.012", "0.200 ± 0.100", "0.238 ± 0.012"]
+    heads, _, spo_row, _ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in report.frontier(runs).splitlines())
+    band = spo_row[heads.index("2 to 4")]  # steps 200 to 350 of both seeds
+    assert band == "0.527 (8)" and spo_row[heads.index("15 to 25")] == "0.650 (2)"
+
+
+def test_the_figure(tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(model.UserError, match="needs matplotlib"):
+            report.figure(some_runs(), str(tmp_path / "f.png"))
+    pytest.importorskip("matplotlib")
+    report.figure(some_runs(), str(tmp_path / "f.png"))
+    assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG" and len(os.listdir(tmp_path)) == 1
 
 
 def test_a_small_report(world, tmp_path, monkeypatch, capsys):
