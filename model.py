@@ -214,14 +214,17 @@ def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: floa
 # ---------------------------------------------------------------------------------------------------
 # Files
 
-def load(path: str, device: str = "cpu") -> Transformer:
-    """The model in a checkpoint of llama2.c's layout, with or without torch.compile's prefix on its names."""
+def load(path: str, device: str = "cpu", scalar: bool = False) -> Transformer:
+    """
+    The model in a checkpoint of llama2.c's layout, with or without torch.compile's prefix on its names:
+    a writer, or a reward model where scalar.
+    """
     checkpoint = read_checkpoint(path, device)
     known = {f.name for f in fields(ModelArgs)}
     try:
         model = Transformer(ModelArgs(**{k: v for k, v in checkpoint["model_args"].items() if k in known}))
         weights = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
-        if len(weights["output.weight"]) == 1:
+        if scalar:
             model.scalar_head()
         model.load_state_dict(weights, strict=True)
     except (RuntimeError, TypeError, ValueError, ZeroDivisionError, AttributeError) as e:

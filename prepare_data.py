@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import spo
 import toyworld
 from evaluate import (JUDGES, TASTES, TIMEOUT, Parser, expert, judge_pairs, load_tokenizer, patiently,
-                      preferred, verdict_of, write_json)
+                      preferred)
 from model import BOS, ModelArgs, Transformer, UserError, cli, load, save
 
 # The toy world's writer: 189,632 parameters, and a pre-training that takes it to the grammar's entropy.
@@ -62,12 +62,22 @@ def make(path: str, maker, inputs: list[str], **settings) -> None:
     note = settings | {os.path.basename(file): sha256(file) for file in inputs}
     if os.path.exists(path) and os.path.exists(f"{path}.json"):
         with open(f"{path}.json") as f:
-            if f.read() == json.dumps(note, indent=1):
-                return
+            made_from = json.load(f)
+        if made_from == note:
+            return
+        if "source" in made_from:
+            print(f"{path} is from {made_from['source']}, and stays: remove it to have the toy world's own")
+            return
         os.remove(f"{path}.json")  # from here on, until path is made, it is nobody's
     print(f"making {path}", flush=True)
     maker(path, **settings)
-    write_json(f"{path}.json", note)
+    write_note(path, note)
+
+
+def write_note(path: str, note: dict) -> None:
+    with open(f"{path}.json.part", "w") as f:
+        json.dump(note, f, indent=1)
+    os.replace(f"{path}.json.part", f"{path}.json")
 
 
 def write_tokens(path: str, tokens) -> None:
@@ -119,9 +129,9 @@ def toy(a) -> None:
             raise KeyboardInterrupt
         save(load(f"{s.out}/ckpt.pt"), path)
 
-    def collect(path, rows, n, seed, purpose):
+    def collect(path, rows, n, seed, purpose, taste):
         stories = sample_stories(load(f"{a.data}/sft.pt", s.device), rows * n, s, purpose)
-        r = expert(tokenizer.decode(stories.tolist()), TASTES[s.judge]).view(rows, n)
+        r = expert(tokenizer.decode(stories.tolist()), taste).view(rows, n)
         write_tokens(path, rank(stories.view(rows, n, -1), r, spo.rng(seed, purpose)))
 
     world = [a.tokenizer, toyworld.__file__]
@@ -134,7 +144,7 @@ def toy(a) -> None:
         wanted += [("pairs", a.pairs, 2, PAIRS), ("heldout_pairs", a.pairs // 8, 2, HELDOUT)]
     for name, rows, n, purpose in wanted:
         make(f"{a.data}/{name}.npy", collect, [f"{a.data}/sft.pt", *world], rows=rows, n=n, seed=a.seed,
-             purpose=purpose)
+             purpose=purpose, taste=TASTES[s.judge])
     make(f"{a.data}/best.npy", lambda path: shutil.copyfile(f"{a.data}/ranked.npy", path), [f"{a.data}/ranked.npy"])
     print(f"{a.data} is ready; a perfect writer would have {toyworld.entropy():.2f} nats a story")
 
@@ -165,10 +175,13 @@ PUBLISHED = {
 
 def fetch(url: str, size: int, digest: str, path: str) -> None:
     """
-    Fetches url to path unless the right file is there: to path.part, taken up again after a cut, and moved
-    into place only when its size and sha256 are right.
+    Fetches url to path unless it is there: to path.part, taken up again after a cut, and moved into place
+    only when its size and sha256 are right. Another file that is there is not replaced.
     """
-    if os.path.exists(path) and sha256(path) == digest:
+    if os.path.exists(path):
+        if (there := sha256(path)) != digest:
+            raise UserError(f"{path} is not the published one (sha256 {there[:8]}.., not {digest[:8]}..): move it away, "
+                            "or name another folder.")
         print(f"{path} is there")
         return
     part = f"{path}.part"
@@ -228,7 +241,7 @@ def download(url: str, part: str) -> None:
 
 
 def endpoints() -> dict:
-    return {name: os.environ.get(name, host).rstrip("/") for name, host in ENDPOINTS.items()}
+    return {name: (os.environ.get(name) or host).rstrip("/") for name, host in ENDPOINTS.items()}
 
 
 def published(a) -> None:
@@ -246,7 +259,7 @@ def published(a) -> None:
 # pairs.npy, ranked.npy or best.npy, best first, and their held-out rows in heldout_<that>.npy.
 
 def held_out(row: np.ndarray) -> bool:
-    """The fixed rule: one row in twenty, by a hash of its stories in whatever order and however padded."""
+    """The fixed rule: one row in twenty, by a hash of its stories in whatever order, however padded."""
     stories = sorted(story.tobytes().rstrip(b"\0\1") for story in row)
     return hashlib.sha256(b"".join(stories)).digest()[0] < 256 // 20
 
@@ -258,6 +271,7 @@ def write_rows(a, name: str, rows: np.ndarray) -> None:
     if len(kept) < 2:
         raise UserError(f"only {len(kept)} different rows for {name}.npy are left: give more.")
     out, length = np.array([held_out(row) for row in kept]), (kept != BOS).sum(2)
+    out[-1] |= not out.any()
     print(f"{name}: {len(rows)} rows; {len(rows) - len(different)} with the same story twice and "
           f"{len(different) - len(kept)} duplicates dropped\n  {(~out).sum()} to train on, {out.sum()} held out; "
           f"{(kept[:, :, -1] != BOS).sum()} stories cut at {rows.shape[2] - 1} tokens\n  mean length of the best "
@@ -265,14 +279,13 @@ def write_rows(a, name: str, rows: np.ndarray) -> None:
           f"{(length[:, 0] > length[:, -1]).mean():.0%}")
     for file, part in ((name, kept[~out]), (f"heldout_{name}", kept[out])):
         write_tokens(f"{a.data}/{file}.npy", part)
-        if os.path.exists(f"{a.data}/{file}.npy.json"):
-            os.remove(f"{a.data}/{file}.npy.json")  # the note of what made an earlier one
+        write_note(f"{a.data}/{file}.npy", dict(source=a.source))
 
 
 def rows_from(item) -> tuple[str, int | None, list[str]]:
     """
     One line of a file -> which token file it is for, the position of the best as it was shown if that is
-    known, and the stories, best first. A prompt is the beginning of each story: it cancels in every loss.
+    known, and the stories, best first. A prompt is the beginning of each story: it cancels in the losses.
     """
     if not isinstance(item, dict):
         raise ValueError("it is not an object")
@@ -323,7 +336,7 @@ def imported(a, source: str) -> None:
         files = sorted(f"{source}/{file}" for file in os.listdir(source) if file.endswith((".json", ".jsonl")))
     longest = spo.get_args(["--model", a.what]).max_new + 1
     tokenizer = load_tokenizer(a.tokenizer, load(f"{a.data}/sft.pt").args.vocab_size)
-    rows, shown_first = {}, 0
+    rows, shown = {}, []
     for file in files:
         where = "its text"
         try:
@@ -335,15 +348,18 @@ def imported(a, source: str) -> None:
                 same.append(np.full((len(stories), longest), BOS, np.uint16))
                 for row, story in zip(same[-1], tokenizer.encode(stories)):
                     row[1:1 + len(story)] = story[:longest - 1]
-                shown_first += best == 0
+                shown.append(best)
         except (ValueError, TypeError, RecursionError) as e:
             raise UserError(f"{file}, {where}: {str(e)[:100]}.") from None
     if not rows:
         raise UserError(f"{source} holds no preferences: give a .jsonl or .json file, or a folder of them.")
-    print(f"{source}: {sum(map(len, rows.values()))} preferences; the story shown first is the better one in "
-          f"{shown_first}")
+    print(f"{source}: {len(shown)} preferences" + (
+        f"; the story shown first is the better one in {shown.count(0)}" if None not in shown else ""))
     for name, tokens in rows.items():
         write_rows(a, name, np.stack(tokens))
+    if "pairs" not in rows:
+        print("pairs: the first and the last of each row")
+        write_rows(a, "pairs", np.stack([tokens[[0, -1]] for same in rows.values() for tokens in same]))
 
 
 def released(a) -> None:
@@ -354,43 +370,47 @@ def released(a) -> None:
         def attempt():
             with urllib.request.urlopen(urllib.request.Request(f"{host}/api/repo/{path}",
                                                                headers={"User-Agent": "spo"}), timeout=TIMEOUT) as f:
-                return f.read(1 << 30)
+                return f.read()
         return patiently(f"{host}/api/repo/{path}", attempt, {None: "the release is not to be had there"})
 
     def files(name, under=""):
-        """Paths of the data files; a listing is a list of entries, or a dict of folders, files having a size."""
+        """Data files and sizes; a listing is a list of entries, or a dict of folders, files having a size."""
         listing = json.loads(get(f"{name}/files/?path={urllib.parse.quote(under)}"))
         if isinstance(listing, list):
             listing = {entry["name"]: entry for entry in listing}
         for file, entry in listing.items():
             path = f"{under}/{file}".strip("/")
             if file.endswith((".json", ".jsonl")):
-                yield path
+                yield path, entry["size"]
             elif "size" not in entry:
                 yield from files(name, path)
 
-    folder = f"{a.data}/released"
     for name in ("SPO-4159", "SP0-4159"):  # the paper's text can be read either way
+        folder = f"{a.data}/{name}"
         try:
             get(f"{name}/options")
             found = list(files(name))
             if not found:
                 raise UserError(f"{host} lists no .json file")
             os.makedirs(folder, exist_ok=True)
-            for path in found:
-                local = f"{folder}/{re.sub('[^A-Za-z0-9._-]', '_', path)}"
+            for i, (path, size) in enumerate(found):
+                local = f"{folder}/{i:03d}-{re.sub('[^A-Za-z0-9._-]', '_', path)}"
                 if not os.path.exists(local):
                     body = get(f"{name}/file/{urllib.parse.quote(path)}")
+                    if len(body) != size:
+                        raise UserError(f"{path} has {len(body)} bytes, not the {size} it is listed with")
                     with open(f"{local}.part", "wb") as f:
                         f.write(body)
                     os.replace(f"{local}.part", local)
-            return imported(a, folder)
+            break
         except UserError as e:
             tried.append(str(e).rstrip("."))
         except (ValueError, LookupError, TypeError, AttributeError):
             tried.append(f"{host}'s list of files cannot be read")
-    raise UserError(f"the released pairs cannot be fetched ({'; '.join(tried)}): take --source made, or a file of "
-                    "your own.")
+    else:
+        raise UserError(f"the released pairs cannot be fetched ({'; '.join(tried)}): take --source made, or a file "
+                        "of your own.")
+    imported(a, folder)
 
 
 def preference(verdict, swapped) -> int | str:
@@ -411,7 +431,6 @@ def made(a) -> None:
     s = spo.get_args(["--model", a.what, "--seed", str(a.seed), "--init", f"{a.data}/sft.pt"])
     tokenizer = load_tokenizer(a.tokenizer, load(s.init).args.vocab_size)
     judge = a.judge or ("llm" if s.judge == "reward" else s.judge)
-    verdict, judge = verdict_of(judge), os.environ.get("JUDGE_MODEL", "") if judge == "llm" else judge
 
     def sample_pairs(path, n, seed):
         write_tokens(path, sample_stories(load(s.init, s.device), 2 * n, s, MADE).view(n, 2, -1))
@@ -419,25 +438,9 @@ def made(a) -> None:
     make(f"{a.data}/made.npy", sample_pairs, [s.init], n=a.pairs, seed=a.seed)
     rows = np.load(f"{a.data}/made.npy")
     texts = [tuple(tokenizer.decode(row.astype(int).tolist())) for row in rows]
-    # every verdict is kept as it comes, under a name of what it depends on: nothing is asked twice
-    key = hashlib.sha256(f"{judge} {sha256(f'{a.data}/made.npy')}".encode()).hexdigest()[:8]
-    log, known = f"{a.data}/verdicts-{key}.jsonl", {}
-    with open(log, "ab+") as f:
-        f.seek(0)
-        whole = [line for line in f if line.endswith(b"\n")]  # a kill can leave half a line
-        f.truncate(sum(map(len, whole)))
-    for line in map(json.loads, whole):
-        known[line["pair"], line["order"]] = tuple(line["verdict"]) if line["verdict"] else None
-    with open(log, "a") as f:
-        def note(pair, order, said):
-            f.write(json.dumps(dict(pair=pair, order=order, verdict=said)) + "\n")
-            f.flush()
-            known[pair, order] = said
-            if len(known) % 500 == 0:
-                print(f"{len(known)} of {2 * len(rows)} verdicts", flush=True)
-        verdicts = judge_pairs(texts, verdict, known, note)
-
+    verdicts = judge_pairs(texts, judge, f"{a.data}/verdicts.jsonl")
     better = [preference(*both) for both in verdicts]
+    judge = os.environ["JUDGE_MODEL"] if judge == "llm" else judge
     counts = {reason: better.count(reason) for reason in ("inconsistent", "too close", "invalid")}
     kept = [i for i, which in enumerate(better) if which in (0, 1)]
     print(f"{len(rows)} pairs judged by {judge} in both orders:",
@@ -453,29 +456,27 @@ def made(a) -> None:
     write_rows(a, "pairs", np.array([rows[i][best_first] for i, best_first in zip(kept, order)]))
 
 
-def pairs_of(a) -> None:
-    """The pairs of a.source, and what training on them needs: the model's own stories, and a reward model."""
-    if a.source in ("made", "released"):
-        dict(made=made, released=released)[a.source](a)
-    else:
-        imported(a, a.source)
-    if a.what.startswith("toy"):
-        return  # its judge is the expert, its stories are there
+def with_rewards(a) -> None:
+    """What a model needs to be trained and judged without an expert: stories of its own, and a reward model."""
+    rows = len(np.load(f"{a.data}/pairs.npy", mmap_mode="r"))
     s = spo.get_args(["--model", a.what, "--seed", str(a.seed), "--data", a.data, "--tokenizer", a.tokenizer,
-                      "--algo", "reward", "--batch", "32", "--out", f"{a.data}/reward", "--steps", str(a.reward_steps),
-                      "--warmup", str(a.reward_steps // 10), "--eval_every", str(a.reward_steps)])
+                      "--algo", "reward", "--out", f"{a.data}/reward", "--steps", str(a.reward_steps),
+                      "--batch", str(min(32, rows)), "--warmup", str(a.reward_steps // 10),
+                      "--eval_every", str(a.reward_steps)])
 
     def sample_ref(path, n, seed):
         write_tokens(path, sample_stories(load(s.init, s.device), n, s, REF)[:, None])
 
     def fit(path, **_):
+        shutil.rmtree(s.out, ignore_errors=True)
         if spo.train(s) < s.steps:
             raise KeyboardInterrupt
-        save(load(f"{s.out}/ckpt.pt"), path)
+        save(load(f"{s.out}/ckpt.pt", scalar=True), path)
+        os.remove(f"{s.out}/ckpt.pt")  # three times the model's size
 
-    make(f"{a.data}/ref.npy", sample_ref, [s.init], n=a.ref, seed=a.seed)
-    if os.path.exists(f"{a.data}/pairs.npy"):
-        make(f"{a.data}/reward.pt", fit, [s.init, f"{a.data}/pairs.npy"], steps=s.steps, seed=a.seed)
+    if a.what in PUBLISHED:
+        make(f"{a.data}/ref.npy", sample_ref, [s.init], n=a.ref, seed=a.seed)
+    make(f"{a.data}/reward.pt", fit, [s.init, f"{a.data}/pairs.npy"], steps=s.steps, seed=a.seed)
 
 
 def main(argv=None) -> None:
@@ -485,16 +486,18 @@ def main(argv=None) -> None:
     p.add_argument("--tokenizer", help="default: tokenizer.model, or <data>/tokenizer.model of a published model")
     p.add_argument("--source", help="of pairs: made, released, or a .jsonl or .json file or a folder of them")
     p.add_argument("--judge", choices=JUDGES, help="who labels made pairs; default: toy: its expert, else llm")
-    p.add_argument("--reward_steps", type=int, default=1000, help="steps of fitting a published model's reward model")
+    p.add_argument("--reward_steps", type=int, help="steps of fitting a reward model; default: toy: 0, else 1000")
     p.add_argument("--seed", type=int, default=0, help="of the stories, the training and the sampling")
     p.add_argument("--stories", type=int, default=20_000, help="stories of the grammar to learn from")
     p.add_argument("--sft_steps", type=int, default=1000, help="steps of pre-training")
     p.add_argument("--pairs", type=int, default=4000, help="pairs to make; half as many rows of four ranked stories")
     p.add_argument("--ref", type=int, default=2000, help="stories of the writer, to compare with and for SLiC-HF")
     a = p.parse_args(argv)
-    for name in ("stories", "sft_steps", "pairs", "ref", "reward_steps"):
-        if getattr(a, name) < 2:
-            p.error(f"--{name} is {getattr(a, name)}: it must be 2 or more")
+    if a.reward_steps is None:
+        a.reward_steps = 1000 if a.what in PUBLISHED and a.source else 0
+    for name, low in dict(stories=2, sft_steps=2, pairs=2, ref=2, reward_steps=0).items():
+        if getattr(a, name) < low:
+            p.error(f"--{name} is {getattr(a, name)}: it must be {low} or more")
     a.data = a.data or f"data/{a.what}"
     a.tokenizer = a.tokenizer or (f"{a.data}/" if a.what in PUBLISHED else "") + "tokenizer.model"
     try:
@@ -502,8 +505,12 @@ def main(argv=None) -> None:
             train_tokenizer(a.tokenizer)
         else:
             toy(a) if a.what.startswith("toy") else published(a)
-            if a.source:
-                pairs_of(a)
+            if a.source in ("made", "released"):
+                dict(made=made, released=released)[a.source](a)
+            elif a.source:
+                imported(a, a.source)
+            if a.reward_steps:
+                with_rewards(a)
     except OSError as e:
         raise UserError(f"{e.filename or a.data} cannot be written or read ({e.strerror}).") from None
 

@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import spo
-from evaluate import Parser, peak, read_log, write_json
+from evaluate import Parser, peak, read_log
 from model import UserError, cli, load
+from prepare_data import sha256
 
 # ---------------------------------------------------------------------------------------------------
 # Table 1 and Figure 1. Each method is tuned over four settings, two learning rates by two of its own, by
@@ -43,6 +44,18 @@ def program(*argv: str) -> None:
         raise UserError(f"{' '.join(argv)} failed: {(done.stderr.splitlines() or ['killed'])[-1]}")
 
 
+def same_world(data: str, folder: str) -> None:
+    """Refuses to mix runs on these data with runs on others."""
+    world = {name: sha256(f"{data}/{name}") for name in ("sft.pt", "pairs.npy", "ref.npy")}
+    os.makedirs(folder, exist_ok=True)
+    if not os.path.exists(f"{folder}/world.json"):
+        with open(f"{folder}/world.json", "w") as f:
+            json.dump(world, f, indent=1)
+    with open(f"{folder}/world.json") as f:
+        if json.load(f) != world:
+            raise UserError(f"the runs in {folder} are on other data than {data} has now: move them away.")
+
+
 def run(flags: str, steps: int, out: str) -> dict:
     """Trains to so many steps, or on to them, unless they are done -> the peak so far."""
     if not os.path.exists(f"{out}/ckpt.pt"):
@@ -56,6 +69,8 @@ def run(flags: str, steps: int, out: str) -> dict:
 
 def report(model: str, folder: str) -> None:
     """Makes in folder every run, table.md and figure1.png. What is there already is not run again."""
+    same_world(f"data/{model}", folder)
+
     def out(flags, seed):
         return f"{folder}/{'-'.join(flags.replace('--', '').split()[1:])}-seed{seed}"
 
@@ -67,8 +82,11 @@ def report(model: str, folder: str) -> None:
         if not os.path.exists(f"{where}/peak.json"):
             at = run(flags, STEPS, where)["step"]
             program("evaluate.py", f"{where}/best.pt", *flags.split())
-            with open(f"{where}/best.json") as f:
-                write_json(f"{where}/peak.json", {"step": at} | json.load(f))
+            with open(f"{where}/evaluations.jsonl") as f:
+                again = json.loads(f.readlines()[-1])
+            with open(f"{where}/peak.json.part", "w") as f:
+                json.dump(dict(step=at) | again, f, indent=1)
+            os.replace(f"{where}/peak.json.part", f"{where}/peak.json")
         run(flags, OVER * STEPS, where)
         with open(f"{where}/peak.json") as f:
             return json.load(f), [r for r in read_log(where) if "win" in r]
@@ -88,9 +106,9 @@ def report(model: str, folder: str) -> None:
     print(text)
 
 
-def mean_se(values) -> str:
+def mean_se(values, digits: int = 3) -> str:
     values = torch.tensor(values, dtype=torch.float64)
-    return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
+    return f"{values.mean():.{digits}f} ± {values.std() / len(values) ** 0.5:.{digits}f}"
 
 
 def table(runs: dict, tuned: dict) -> str:
@@ -99,15 +117,15 @@ def table(runs: dict, tuned: dict) -> str:
     again = {algo: [found["win"] for found, _ in seeds] for algo, seeds in runs.items()}
     after = {algo: [wins[OVER * found["step"]] for wins, (found, _) in zip(at[algo], seeds)]
              for algo, seeds in runs.items()}
-    lines = [f"| method | peak win-rate | its step | KL there | entropy there | at step {STEPS} | at {OVER}x the "
-             "peak's step | SPO's lead at the peak | and after |", "|" + " --- |" * 9]
+    lines = [f"| method | peak win-rate | SPO's lead | its step | KL there | entropy there | at step {STEPS} | at "
+             f"{OVER}x the peak's step | SPO's lead | at step {OVER * STEPS} |", "|" + " --- |" * 10]
     for algo, seeds in runs.items():
         ahead = [[a - b for a, b in zip(x["spo"], x[algo])] for x in (again, after)]
         lead = ["", ""] if algo == "spo" else [mean_se(difference) for difference in ahead]
-        kl, entropy, step = (torch.tensor([found[name] for found, _ in seeds]).double().mean()
-                             for name in ("kl", "entropy", "step"))
-        cells = [f"`{tuned[algo].removeprefix('--algo ')}`", mean_se(again[algo]), f"{step:.0f}", f"{kl:.1f}",
-                 f"{entropy:.1f}", mean_se([wins[STEPS] for wins in at[algo]]), mean_se(after[algo]), *lead]
+        step, kl, entropy = ([found[name] for found, _ in seeds] for name in ("step", "kl", "entropy"))
+        cells = [f"`{tuned[algo].removeprefix('--algo ')}`", mean_se(again[algo]), lead[0], mean_se(step, 0),
+                 mean_se(kl, 1), mean_se(entropy, 1), mean_se([wins[STEPS] for wins in at[algo]]),
+                 mean_se(after[algo]), lead[1], mean_se([wins[OVER * STEPS] for wins in at[algo]])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -162,6 +180,8 @@ QUESTIONS = ["", *(f"--beta {beta}" for beta in (0, 0.01, 0.2, 1)),
 
 def questions(folder: str) -> None:
     """Makes in folder the runs of QUESTIONS and questions.md."""
+    same_world("data/toy", folder)
+
     def one(change):
         out = f"{folder}/{change.replace('--', '').replace(' ', '-') or 'spo'}"
         return run(change if change.startswith("--algo") else f"{SPO} {change}", STEPS, out), read_log(out)
@@ -182,7 +202,7 @@ def questions(folder: str) -> None:
 def estimators(checkpoint: str, batches: int = 400) -> str:
     """
     The KL's gradient at a checkpoint from batches of R fresh stories, by Appendix D's token-wise KL and by the
-    score function: the former's bias and the noise of both, relative to the true gradient's norm.
+    score function: bias and noise, relative to the true gradient's norm, from each half of the batches.
     """
     s = spo.get_args(["--algo", "spo"])
     policy, ref = load(checkpoint), load(s.init)
@@ -194,19 +214,23 @@ def estimators(checkpoint: str, batches: int = 400) -> str:
                          ("sequence", spo.sequence_kl(logits, ref_logits, y[:, 1:], mask))):
             parts = torch.autograd.grad(kl.mean(), policy.parameters(), retain_graph=True)
             gradients[name].append(torch.cat([part.flatten() for part in parts]))
-    token, sequence = (torch.stack(gradients[name]) for name in ("token", "sequence"))   # (batches, parameters)
+    halves = zip(*(torch.stack(gradients[name]).chunk(2) for name in ("token", "sequence")))
+    return "".join("KL gradient: token-wise bias {:.2f}, noise {:.2f}; score function noise {:.2f}; cosine {:.2f}\n"
+                   .format(*compare_gradients(*half)) for half in halves)
 
-    def norm(g):  # of the mean, without what the batches' noise adds to it
-        n = len(g)
-        return ((g.sum(0).square().sum() - g.square().sum()) / (n * (n - 1))).clamp(min=0).sqrt()
 
-    def noise(g):
-        return g.var(0).sum().sqrt()
+def compare_gradients(g, unbiased):
+    """
+    Of two estimates of a gradient, (batches, parameters): the first's bias, the noise of both, relative to the
+    norm of the second's mean, and the cosine of their means; all less what the batches' noise adds to them.
+    """
+    def product(a, b):  # of the two means: over pairs of different batches, whose noise is independent
+        return ((a.sum(0) @ b.sum(0) - (a * b).sum()) / (len(a) * (len(a) - 1))).item()
 
-    return (f"KL gradient, {batches} batches of {s.R}: token-wise KL bias {norm(token - sequence) / norm(sequence):.2f}, "
-            f"noise {noise(token) / norm(sequence):.2f}; score function bias 0, noise "
-            f"{noise(sequence) / norm(sequence):.2f}; cosine of the two mean gradients "
-            f"{torch.cosine_similarity(token.mean(0), sequence.mean(0), dim=0):.2f}\n")
+    size = product(unbiased, unbiased)
+    bias = max(0.0, product(g - unbiased, g - unbiased))
+    noise = [x.var(0).sum().item() for x in (g, unbiased)]
+    return [*((x / size) ** 0.5 for x in (bias, *noise)), product(g, unbiased) / (size * product(g, g)) ** 0.5]
 
 
 def main(argv=None) -> None:

@@ -309,7 +309,7 @@ def measure(policy, ref, judge, s, n, key) -> dict:
         entropy.append((torch.distributions.Categorical(logits=logits).entropy() * m).sum(1))
     length = mask.sum(1, keepdim=True)
     closed = y.gather(1, length) == BOS
-    return dict(judge=s.judge, n=n) | judge(y, mask) | dict(
+    return dict(n=n) | judge(y, mask) | dict(
         kl=torch.cat(kl).mean().item(), entropy=torch.cat(entropy).mean().item(),
         length=length.float().mean().item(), closed=closed.float().mean().item())
 
@@ -332,7 +332,7 @@ def evaluate(policy, ref, judge, others, s, step):
 def take_in(s):
     """What a run reads -> reference, policy, data (N, n, T), stories or pairs to evaluate with, judge."""
     ref = load(s.init, s.device).requires_grad_(False)
-    policy = load(f"{s.out}/ckpt.pt" if s.resume else s.init, s.device)
+    policy = load(f"{s.out}/ckpt.pt", s.device, s.algo == "reward") if s.resume else load(s.init, s.device)
     tokenizer = load_tokenizer(s.tokenizer, ref.args.vocab_size)
     file = LOSSES[s.algo][1]
     n = dict(stories=(1,), pairs=(2,)).get(file, range(2, 100))  # responses a row
@@ -344,7 +344,7 @@ def take_in(s):
     if s.algo == "reward":
         return ref, policy.scalar_head(), data, load_tokens(f"{s.data}/heldout_pairs.npy", ref.args, (2,), 1), None
     others = load_tokens(f"{s.data}/ref.npy", ref.args, (1,), s.batch)
-    y_ref = get_stories(others, torch.arange(len(others)), s)                               # (M, T)
+    y_ref = get_stories(others, torch.arange(min(2000, len(others))), s)                    # (M, T)
     return ref, policy, data, others, judge_of(s, tokenizer, y_ref, story_mask(y_ref))
 
 

@@ -981,8 +981,9 @@ def test_fetch_the_right_file_once_and_go_on_after_a_cut(mirror, tmp_path):
     fetch()
     assert len(mirror.asked) == 2  # the file that is there and right is not fetched again
     (tmp_path / "sft.pt").write_bytes(BODY[::-1])
-    fetch()
-    assert len(mirror.asked) == 3 and open(path, "rb").read() == BODY  # a wrong one is
+    with pytest.raises(model.UserError, match="not the published one"):  # nor is another file overwritten
+        fetch()
+    assert len(mirror.asked) == 2 and open(path, "rb").read() == BODY[::-1]
 
 
 @pytest.mark.parametrize("replies", [
@@ -1055,12 +1056,14 @@ def endpoint(monkeypatch):
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             question = asked["messages"][0]["content"]
-            server.asked.append((self.path, asked["model"], question, self.headers.get("Authorization")))
             with lock:
+                server.asked.append((self.path, asked["model"], question, self.headers.get("Authorization")))
                 reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
             status, headers = (reply if isinstance(reply, tuple) else (reply, {})) if not callable(reply) else (200, {})
             if status == "slow":
                 return time.sleep(1)
+            if status == "no http":
+                return self.wfile.write(f"no {self.headers.get('Authorization')}\r\n\r\n".encode())
             body = reply(question) if callable(reply) else f"no: {self.headers.get('Authorization')}"  # an echo
             if callable(reply) and isinstance(body, str):
                 body = json.dumps({"choices": [{"message": {"content": body}}]}).encode()
@@ -1098,11 +1101,20 @@ def test_the_endpoint_is_asked_and_understood(endpoint):
     lambda q: verdict_text(mark_of(q), 7, 4, 2),                                        # prefers what it scores less
     lambda q: verdict_text(mark_of(q), 7, 11, 2), lambda q: verdict_text(mark_of(q), 7, 4, 3),
     lambda q: verdict_text(mark_of(q), 7, 4, 1) + verdict_text(mark_of(q), 4, 7, 2),    # says both
-    lambda q: verdict_text("#00000000", 7, 4, 1), lambda q: verdict_text(mark_of(q), 7, 4, 1).replace("better", "other"),
+    lambda q: verdict_text(mark_of(q), -7, 4, 2), lambda q: verdict_text("#00000000", 7, 4, 1), lambda q: verdict_text(mark_of(q), 7, 4, 1).replace("better", "other"),
 ])
 def test_what_is_no_verdict_is_invalid(endpoint, reply):
     endpoint.replies = [reply]
     assert evaluate.llm_verdict("7", "4") is None
+
+
+@pytest.mark.parametrize("change", [
+    ("/10", " / 10"), ("/10", " out of 10"), ("better story: 1", "Better story: Story 1"), ("1: 7", "1: **7**"), ("\n", "\r\n"),
+    ("#", "- #"), ("score of", "Score of"), ("/10", ".0"),
+])
+def test_a_verdict_in_another_dress(endpoint, change):
+    endpoint.replies = [lambda q: verdict_text(mark_of(q), 7, 4, 1).replace(*change)]
+    assert evaluate.llm_verdict("7", "4") == (7, 4, 1)
 
 
 def mark_of(question):
@@ -1121,8 +1133,8 @@ def test_a_story_cannot_move_its_verdict(endpoint, attack):
 
 
 @pytest.mark.parametrize("status, words", [
-    (401, "check OPENAI_API_KEY"), (403, "check OPENAI_API_KEY"), (404, "model judge-1 retired"), (400, "OPENAI_BASE_URL"),
-    (302, "302"), (500, "answers 500"),
+    (401, "check OPENAI_API_KEY"), (403, "check OPENAI_API_KEY"), (404, "model judge-1 retired"), (400, "set JUDGE_MODEL"),
+    (302, "302"), (500, "answers 500"), ("no http", "BadStatusLine"),
 ])
 def test_trouble_that_stays_stops_with_a_sentence_without_the_key(endpoint, capsys, status, words):
     endpoint.replies = [(status, {"Location": "http://127.0.0.1:1/"})]
@@ -1130,17 +1142,19 @@ def test_trouble_that_stays_stops_with_a_sentence_without_the_key(endpoint, caps
         model.cli(lambda: evaluate.llm_verdict("7", "4"))
     shown = capsys.readouterr()
     assert stop.value.code == 2 and words in shown.err and shown.err.count("\n") == 1
-    assert KEY not in shown.err + shown.out and len(endpoint.asked) == (5 if status == 500 else 1)
+    assert KEY not in shown.err + shown.out and len(endpoint.asked) == (5 if status in (500, "no http") else 1)
 
 
-@pytest.mark.parametrize("replies", [[429, 500, 503, by_scores], [(429, {"Retry-After": "0"}), "slow", by_scores]])
+@pytest.mark.parametrize("replies", [[429, 500, 503, by_scores], [(429, {"Retry-After": "0"}), "slow", by_scores],
+                                     [(200, {"Content-Length": "5000"}), by_scores]])  # cut in mid-body
 def test_trouble_that_passes_is_waited_out(endpoint, monkeypatch, replies):
     monkeypatch.setattr(evaluate, "TIMEOUT", 0.3)
     endpoint.replies = replies
     assert evaluate.llm_verdict("7", "4") == (7, 4, 1)
 
 
-@pytest.mark.parametrize("name, value", [("OPENAI_BASE_URL", ""), ("JUDGE_MODEL", ""), ("OPENAI_API_KEY", f"{KEY}\nx")])
+@pytest.mark.parametrize("name, value", [("OPENAI_BASE_URL", ""), ("JUDGE_MODEL", ""), ("OPENAI_API_KEY", f"{KEY}\nx"),
+                                         ("OPENAI_BASE_URL", f"http://me:{KEY}@127.0.0.1/v1")])
 def test_an_endpoint_not_named_is_a_sentence(endpoint, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(model.UserError, match="set OPENAI_BASE_URL") as error:
@@ -1148,16 +1162,30 @@ def test_an_endpoint_not_named_is_a_sentence(endpoint, monkeypatch, name, value)
     assert KEY not in str(error.value) and not endpoint.asked
 
 
-def test_win_rate_by_the_endpoint(endpoint):
+@pytest.mark.parametrize("url", ["http://[::1/v1", "http:/", "https://h\u00f6st\u0100/\u0101"])
+def test_an_address_that_is_none_is_a_sentence(endpoint, monkeypatch, url):
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    with pytest.raises(model.UserError):
+        evaluate.llm_verdict("7", "4")
+    monkeypatch.setenv("HF_ENDPOINT", "mirror.example")
+    with pytest.raises(model.UserError, match="not an address"):
+        prepare_data.fetch("{HF_ENDPOINT}/x".format(**prepare_data.endpoints()), 0, "", "nowhere/x")
+
+
+def test_win_rate_by_the_endpoint(endpoint, tmp_path):
     """Ours is better, worse, alike (each order prefers the second), and once there is no verdict in one order."""
     endpoint.replies = [lambda q: "none" if "bad" in q and q.index("bad") < q.index("\n5") else by_scores(q)]
     pairs = [("8 a", "5"), ("8 b", "5"), ("2", "5"), ("5", "5"), ("9 bad", "5")]
-    found = evaluate.llm_win_rate(evaluate.judge_pairs(pairs, evaluate.llm_verdict))
+    found = evaluate.llm_win_rate(evaluate.judge_pairs(pairs, "llm", tmp_path / "verdicts.jsonl"))
     assert found["win"] == (1 + 1 + 0 + 0.5) / 4 and found["ties"] == 1 and found["invalid"] == 1
     assert found["win_se"] == pytest.approx(np.std([1, 1, 0, 0.5], ddof=1) / 2)
+    evaluate.judge_pairs(pairs, "llm", tmp_path / "verdicts.jsonl")
+    assert len(endpoint.asked) == 9  # of two stories alike, both orders are one question; and nothing is asked twice
     endpoint.replies = [lambda q: "none"]
-    with pytest.raises(model.UserError, match="10 of the judge's 10 replies"):
-        evaluate.judge_pairs(pairs, evaluate.llm_verdict)
+    for _ in range(2):  # the second time nothing is left to ask, and it is as wrong
+        with pytest.raises(model.UserError, match="9 of the judge's 9 replies"):
+            evaluate.judge_pairs(pairs, "llm", tmp_path / "others.jsonl")
+    assert len(endpoint.asked) == 18
 
 
 def settings(world, judge):
@@ -1179,12 +1207,12 @@ def test_a_planted_reward_gives_the_exact_win_rate(world, judge):
 def test_the_reference_against_itself_is_one_half_and_another_model_is_not(world, tmp_path, capsys):
     shutil.copy(f"{world}/sft.pt", tmp_path / "itself.pt")
     evaluate.main([str(tmp_path / "itself.pt"), "--n", "300", "--data", world, "--max_new", "40"])
-    found = json.loads((tmp_path / "itself.json").read_text())
+    found = json.loads((tmp_path / "evaluations.jsonl").read_text())
     assert abs(found["win"] - 0.5) < 4 * found["win_se"] < 0.2 and found["kl"] == 0 and found["n"] == 300
     assert "judge expert" in capsys.readouterr().out
     run(world, tmp_path / "a", "--steps", "40", "--lr", "3e-3", "--batch", "16", "--eval_every", "40")
     evaluate.main([str(tmp_path / "a/ckpt.pt"), "--n", "300", "--data", world, "--max_new", "40"])
-    other = json.loads((tmp_path / "a/ckpt.json").read_text())
+    other = json.loads((tmp_path / "a/evaluations.jsonl").read_text())
     assert other["kl"] > 1 and abs(other["win"] - 0.5) > 2 * other["win_se"]
 
 
@@ -1208,7 +1236,10 @@ def test_a_reward_model_learns_a_planted_taste(world, tmp_path):
     judge = evaluate.judge_of(settings(str(tmp_path / "data"), "reward"), None, y[:, 1], mask[:, 1])
     assert judge(y[:, 0], mask[:, 0])["win"] > 0.8 and judge(y[:, 1], mask[:, 1])["win"] == pytest.approx(0.5)
     # padding and the other rows do not matter
-    fitted, row = model.load(tmp_path / "data/reward.pt"), y[:1, 0]
+    fitted, row = model.load(tmp_path / "data/reward.pt", scalar=True), y[:1, 0]
+    for path, scalar in ((tmp_path / "data/reward.pt", False), (tmp_path / "data/sft.pt", True)):
+        with pytest.raises(model.UserError, match="do not fit"):  # a reward model is no writer, nor the other way round
+            model.load(path, scalar=scalar)
     alone = evaluate.story_reward(fitted, row[:, :11], mask[:1, 0, :11])
     assert torch.allclose(alone, evaluate.story_reward(fitted, y[:, 0], mask[:, 0])[:1], atol=1e-4)
 
@@ -1247,9 +1278,8 @@ def test_made_pairs_survive_a_stop_and_nothing_is_asked_twice(world, tmp_path, e
     with pytest.raises(model.UserError, match="check OPENAI_API_KEY"):
         prepare_data.main([*argv, data])
     answered = [question for _, _, question, _ in endpoint.asked][:41]
-    log, = (file for file in os.listdir(data) if file.startswith("verdicts-"))
-    with open(f"{data}/{log}", "a") as f:
-        f.write('{"pair": 1')  # and a kill leaves half a line
+    with open(f"{data}/verdicts.jsonl", "a") as f:
+        f.write('{"key": 1')  # and a kill leaves half a line
     endpoint.replies, endpoint.asked[:] = [by_length], []
     prepare_data.main([*argv, data])
     asked = [question for _, _, question, _ in endpoint.asked]
@@ -1275,7 +1305,8 @@ def test_made_pairs_survive_a_stop_and_nothing_is_asked_twice(world, tmp_path, e
 
 def test_made_by_the_expert(world, tmp_path, capsys):
     data = copy_of(world, tmp_path)
-    prepare_data.main(["toy", *TINY_WORLD, "--source", "made", "--pairs", "60", "--data", data])
+    prepare_data.main(["toy", *TINY_WORLD, "--source", "made", "--pairs", "60", "--reward_steps", "2", "--data", data])
+    assert evaluate.judge_of(settings(data, "reward"), None, *[torch.ones(4, 3).long()] * 2)  # there to judge with
     lines = [json.loads(line) for line in open(f"{data}/made.jsonl")]
     assert 0 < len(lines) < 60 and "judged by expert" in capsys.readouterr().out
     assert all(toyworld.score(x["chosen"]) >= toyworld.score(x["rejected"]) + 3 for x in lines)
@@ -1307,8 +1338,12 @@ def test_files_are_imported(world, tmp_path, capsys):
     again, out = (np.load(f"{data}/{name}.npy") for name in ("pairs", "heldout_pairs"))
     assert {row.tobytes() for row in again} <= {row.tobytes() for row in train}
     assert {row.tobytes() for row in out} <= {row.tobytes() for row in held} and len(again) + len(out) == 100
-    # and training takes them; the expert's own pairs come back when no source is named
+    # and training takes them, after `make data` once more; the expert's own come back when they are removed
+    prepare_data.main(["toy", *TINY_WORLD, "--data", data])
+    assert "shards, and stays" in capsys.readouterr().out
+    assert np.array_equal(np.load(f"{data}/pairs.npy"), again)
     run(data, tmp_path / "a", "--steps", "2")
+    os.remove(f"{data}/pairs.npy")
     prepare_data.main(["toy", *TINY_WORLD, "--data", data])
     assert np.array_equal(np.load(f"{data}/pairs.npy"), np.load(f"{world}/pairs.npy"))
 
@@ -1326,7 +1361,10 @@ def test_best_of_n_and_rankings_are_imported(world, tmp_path):
     assert sorted(texts["ranked"]) == sorted(rows[::2])
     assert sorted(row[0] for row in texts["best"]) == sorted(rows[i][i % 3] for i in range(1, 40, 2))
     assert sorted(map(sorted, texts["best"])) == sorted(map(sorted, rows[1::2]))
-    for algo in ("best_of_n", "ranked"):
+    first_last = [tokenizer.decode(row.astype(int).tolist()) for part in ("pairs", "heldout_pairs")
+                  for row in np.load(f"{data}/{part}.npy")]
+    assert sorted(first_last) == sorted([row[0], row[-1]] for row in texts["ranked"] + texts["best"])
+    for algo in ("best_of_n", "ranked", "dpo"):
         run(data, tmp_path / algo, "--algo", algo, "--steps", "2")
 
 
@@ -1415,7 +1453,12 @@ def test_pairs_of_a_published_model_bring_its_stories_and_a_reward_model(world, 
                        "--reward_steps", "30"])
     assert read_log(f"{data}/reward")[-1]["right"] > 0.9
     log = run(data, tmp_path / "a", "--model", "stories15M", "--steps", "2", "--R", "4")
-    assert log[-1]["win"] > 0 and "grammar" not in log[-1]
+    judge, s = model.load(f"{data}/reward.pt", scalar=True), spo.get_args(["--model", "stories15M", *SHORT, "--data", data])
+    y, y_ref = spo.sample(model.load(tmp_path / "a/ckpt.pt"), 16, s, (spo.EVAL, 2)), np.load(f"{data}/ref.npy")[:, 0]
+    r, r_ref = ([judge(story[None, :1 + int(spo.story_mask(story[None]).sum())])[0, -1, 0].item() for story in stories]
+                for stories in (y, torch.from_numpy(y_ref.astype(int))))
+    assert log[-1]["win"] == pytest.approx(np.mean([1 / (1 + math.exp(b - a)) for a in r for b in r_ref]), rel=1e-4)
+    assert "grammar" not in log[-1] and log[-1]["judge"] == "reward"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1434,8 +1477,10 @@ def test_the_tables_of_the_report():
     runs = some_runs()
     lines = report.table(runs, dict(spo="--algo spo --alpha 1", dpo="--algo dpo --beta 1")).splitlines()
     spo_row, dpo_row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:])
-    assert spo_row == ["`spo --alpha 1`", "0.850 ± 0.050", "150", "2.0", "40.0", "0.530 ± 0.000", "0.575 ± 0.025", "", ""]
-    assert dpo_row[-4:] == ["0.330 ± 0.000", "0.338 ± 0.012", "0.200 ± 0.100", "0.238 ± 0.012"]
+    assert spo_row == ["`spo --alpha 1`", "0.850 ± 0.050", "", "150 ± 50", "2.0 ± 0.0", "40.0 ± 0.0", "0.530 ± 0.000",
+                       "0.575 ± 0.025", "", "0.650 ± 0.000"]
+    assert dpo_row[1:3] == ["0.650 ± 0.050", "0.200 ± 0.100"]
+    assert dpo_row[6:] == ["0.330 ± 0.000", "0.338 ± 0.012", "0.238 ± 0.012", "0.450 ± 0.000"]
     heads, _, spo_row, _ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in report.frontier(runs).splitlines())
     band = spo_row[heads.index("2 to 4")]  # steps 200 to 350 of both seeds
     assert band == "0.527 (8)" and spo_row[heads.index("15 to 25")] == "0.650 (2)"
@@ -1468,10 +1513,30 @@ def test_a_small_report(world, tmp_path, monkeypatch, capsys):
     first = open("r/table.md").read()
     assert first.count("\n") == 9 and "±" in first
     times = {name: os.stat(f"r/{name}/log.jsonl").st_mtime_ns for name in os.listdir("r") if "seed" in name}
-    assert len(times) == 3 + 4
+    peaks = {name: evaluate.peak(f"r/{name}")["win"] for name in times if "100" in name and name.startswith("spo")}
+    better = max(peaks, key=peaks.get).partition("-eval")[0]
+    assert len(times) == 3 + 4 and sum(name.startswith(better + "-") for name in times) == 3  # tuned on 100, then 0 and 1
     report.report("toy", "r")
     assert open("r/table.md").read() == first
     assert all(os.stat(f"r/{name}/log.jsonl").st_mtime_ns == t for name, t in times.items())
+    with open("r/world.json", "w") as f:
+        json.dump({}, f)
+    with pytest.raises(model.UserError, match="on other data"):
+        report.report("toy", "r")
+
+
+def test_gradients_are_compared_without_their_noise():
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(50, generator=generator)
+    true /= true.norm()
+    side = torch.randn(50, generator=generator)
+    side -= true * (side @ true)
+    biased = 2 * true + side / side.norm()                                  # bias sqrt(2), cosine 2 / sqrt(5)
+    noise = [torch.randn(4000, 50, generator=generator) * scale for scale in (0.5, 1.0)]
+    bias, own, other, cosine = report.compare_gradients(biased + noise[0], true + noise[1])
+    assert bias == pytest.approx(2 ** 0.5, rel=0.05) and cosine == pytest.approx(2 / 5 ** 0.5, rel=0.05)
+    assert own == pytest.approx(0.5 * 50 ** 0.5, rel=0.05) and other == pytest.approx(50 ** 0.5, rel=0.05)
+    assert report.compare_gradients(true + noise[0], true + noise[1])[0] < 0.2
 
 
 # ---------------------------------------------------------------------------------------------------
