@@ -137,6 +137,12 @@ def theory():
             yield name, alpha, target, pi, tv, tv > 0.02 if "not" in name else tv < (1e-3 if name[0] == "2" else 1e-5)
 
 
+def regularised(logp, alpha, beta):
+    """Eq. 6 of the tabular model: Eq. 9 + beta D_KL."""
+    kl = spo.token_kl(logp[None, None], pi_ref.log()[None, None], torch.ones(1, 1))[0]
+    return D_PAIRS @ spo.spo_loss(logp[W], logp[L], alpha) + beta * kl
+
+
 def print_theory() -> bool:
     """The table; True if every row is as the theorems say."""
     print("A tabular model of five stories learns softmax(r / alpha) from pairs of uneven\n"
@@ -149,6 +155,12 @@ def print_theory() -> bool:
         print(line.format(name, str(alpha), *cells, f"{tv:.1e}", "yes" if passed else "NO"))
         good &= passed
     print("\nall as the theorems say" if good else "\nNOT as the theorems say")
+    print("\nEq. 6 at alpha 0.3, from softmax(r / alpha) at beta 0 to pi_ref:\n  beta  learned                   "
+          "TV to softmax  TV to pi_ref")
+    for beta in (0, 0.01, 0.1, 1, 10):
+        pi = minimise(lambda logp: regularised(logp, 0.3, beta))
+        print(f"{beta:6g}  {' '.join(f'{p:.2f}' for p in pi.tolist())}  "
+              f"{total_variation(pi, (r / 0.3).softmax(0)):13.3f}  {total_variation(pi, pi_ref):12.3f}")
     sequence, kl, pi, gradient, token, _ = token_kl_by_enumeration()
     print(f"\nToken KL of a model whose stories can be enumerated: {pi @ kl:.6f}, sequence KL {sequence:.6f};\n"
           f"its gradient, the prefixes held fixed, is {(token - gradient).norm() / gradient.norm():.0%} "
@@ -180,10 +192,9 @@ def test_alpha_0_goes_to_the_best_response_on_uniform_pairs_and_elsewhere_on_une
 
 
 def test_regularised_fixed_point_of_eq_6_goes_from_softmax_to_the_reference():
-    kl = lambda logp: spo.token_kl(logp[None, None], pi_ref.log()[None, None], torch.ones(1, 1))[0]
     alpha, distances = 0.5, []
     for beta in (1e-7, 0.1, 1.0, 10.0, 1e4):
-        loss = lambda logp: D_PAIRS @ spo.spo_loss(logp[W], logp[L], alpha) + beta * kl(logp)
+        loss = lambda logp: regularised(logp, alpha, beta)
         learned = minimise(loss)
         other = minimise(loss, torch.tensor([2.0, -1, 0, 1, -2], dtype=torch.float64))
         assert total_variation(learned, other) < 1e-5
