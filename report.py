@@ -153,13 +153,15 @@ def figure(runs: dict, path: str) -> None:
     for algo, seeds in runs.items():
         step, win, kl = (torch.tensor([[r[name] for r in log] for _, log in seeds]).double()
                          for name in ("step", "win", "kl"))
-        line, = by_step.plot(step[0], win.mean(0), label=algo)
+        line, = by_step.plot(step[0], win.mean(0), label=algo.upper().replace("SLIC", "SLiC-HF"))
         by_step.fill_between(step[0], win.mean(0) - win.std(0), win.mean(0) + win.std(0), alpha=0.2, lw=0)
         by_kl.plot(kl[:, 1:].flatten(), win[:, 1:].flatten(), ".", ms=3, alpha=0.4, color=line.get_color())
         by_kl.plot(kl[:, 1:].mean(0), win[:, 1:].mean(0), color=line.get_color(), lw=1)
     by_step.axvline(STEPS, color="grey", lw=0.8, ls=":")
     by_step.set(xlabel="training step (dotted: the end of tuning)", ylabel="win-rate against the SFT model")
     by_kl.set(xlabel="KL to the SFT model, nats a story", xscale="log")
+    by_kl.set_xticks(ticks := [1, 2, 5, 10, 20, 50], map(str, ticks))
+    by_kl.minorticks_off()
     by_step.legend(frameon=False)
     for axes in (by_step, by_kl):
         axes.grid(alpha=0.3)
