@@ -334,8 +334,8 @@ def record(s, **r):
               "{ms:6.1f} {tokens_s:6.0f}".format(**r).replace("nan", "  -"),
               "{:3.0f}:{:02.0f}".format(*divmod(int(r["left"]), 60)), flush=True)
     else:
-        shown = ("win", "win_se", "kl", "entropy", "length", "closed", "nats", "right")
-        print(f"@{r['step']}", *(f"{name} {r[name]:.4g}" for name in shown if name in r), flush=True)
+        digits = dict(win=3, win_se=3, kl=2, entropy=1, length=0, closed=2, nats=2, right=3)
+        print(f"@{r['step']}", *(f"{name} {r[name]:.{d}f}" for name, d in digits.items() if name in r), flush=True)
 
 
 def read_log(out: str) -> list[dict]:
