@@ -312,6 +312,13 @@ def judge_of(s, tokenizer, y_ref, mask_ref):
 # ---------------------------------------------------------------------------------------------------
 # A run's folder and its log
 
+def write_whole(path: str, content: str | bytes) -> None:
+    """Writes a file to a temporary name, then moves it into place."""
+    with open(f"{path}.part", "wb") as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+    os.replace(f"{path}.part", path)
+
+
 def begin(s):
     """Makes a run's folder -> first step, no rollout. An earlier run of that name moves aside."""
     try:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import spo
 import toyworld
 from evaluate import (JUDGES, TASTES, TIMEOUT, Parser, expert, judge_pairs, load_tokenizer, patiently,
-                      preferred)
+                      preferred, write_whole)
 from model import BOS, ModelArgs, Transformer, UserError, cli, load, save
 
 # The toy world's writer: 189,632 parameters, and a pre-training that takes it to the grammar's entropy.
@@ -47,9 +47,7 @@ def train_tokenizer(path: str) -> None:
         sentence_iterator=(toyworld.write_story(rng) for _ in range(20_000)), model_writer=learned,
         model_type="bpe", vocab_size=VOCAB, character_coverage=1.0, normalization_rule_name="identity",
         minloglevel=2)
-    with open(f"{path}.part", "wb") as f:
-        f.write(learned.getvalue())
-    os.replace(f"{path}.part", path)
+    write_whole(path, learned.getvalue())
 
 
 def sha256(path: str) -> str:
@@ -75,9 +73,7 @@ def make(path: str, maker, inputs: list[str], **settings) -> None:
 
 
 def write_note(path: str, note: dict) -> None:
-    with open(f"{path}.json.part", "w") as f:
-        json.dump(note, f, indent=1)
-    os.replace(f"{path}.json.part", f"{path}.json")
+    write_whole(f"{path}.json", json.dumps(note, indent=1))
 
 
 def write_tokens(path: str, tokens) -> None:
@@ -96,6 +92,14 @@ def pad(rows: list[torch.Tensor]) -> torch.Tensor:
 def sample_stories(model, n: int, s, purpose: int) -> torch.Tensor:
     """n stories of the model, in batches -> tokens (n, T)."""
     return pad([spo.sample(model, min(500, n - i), s, (purpose, i)).cpu() for i in range(0, n, 500)])
+
+
+def sampler(s, responses: int, purpose: int):
+    """Who makes a token file of n rows of so many stories of s.init."""
+    def maker(path, n, seed):
+        stories = sample_stories(load(s.init, s.device), n * responses, s, purpose)
+        write_tokens(path, stories.view(n, responses, -1))
+    return maker
 
 
 def rank(stories: torch.Tensor, r: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -399,9 +403,7 @@ def released(a) -> None:
                     body = get(f"{name}/file/{urllib.parse.quote(path)}")
                     if len(body) != size:
                         raise UserError(f"{path} has {len(body)} bytes, not the {size} it is listed with")
-                    with open(f"{local}.part", "wb") as f:
-                        f.write(body)
-                    os.replace(f"{local}.part", local)
+                    write_whole(local, body)
             break
         except UserError as e:
             tried.append(str(e).rstrip("."))
@@ -432,10 +434,7 @@ def made(a) -> None:
     tokenizer = load_tokenizer(a.tokenizer, load(s.init).args.vocab_size)
     judge = a.judge or ("llm" if s.judge == "reward" else s.judge)
 
-    def sample_pairs(path, n, seed):
-        write_tokens(path, sample_stories(load(s.init, s.device), 2 * n, s, MADE).view(n, 2, -1))
-
-    make(f"{a.data}/made.npy", sample_pairs, [s.init], n=a.pairs, seed=a.seed)
+    make(f"{a.data}/made.npy", sampler(s, 2, MADE), [s.init], n=a.pairs, seed=a.seed)
     rows = np.load(f"{a.data}/made.npy")
     texts = [tuple(tokenizer.decode(row.astype(int).tolist())) for row in rows]
     verdicts = judge_pairs(texts, judge, f"{a.data}/verdicts.jsonl")
@@ -446,12 +445,12 @@ def made(a) -> None:
     print(f"{len(rows)} pairs judged by {judge} in both orders:",
           ", ".join(f"{n} {reason}" for reason, n in counts.items()))
     print(f"  {len(kept)} kept, of which the first is better in {sum(better[i] == 0 for i in kept)}")
-    with open(f"{a.data}/made.jsonl.part", "w") as f:
-        for i in kept:
-            chosen, rejected = texts[i][::-1 if better[i] else 1]
-            f.write(json.dumps(dict(prompt="", chosen=chosen, rejected=rejected, pair=i, verdicts=verdicts[i],
-                                    better=better[i], judge=judge, seed=a.seed)) + "\n")
-    os.replace(f"{a.data}/made.jsonl.part", f"{a.data}/made.jsonl")
+    lines = []
+    for i in kept:
+        chosen, rejected = texts[i][::-1 if better[i] else 1]
+        lines.append(json.dumps(dict(prompt="", chosen=chosen, rejected=rejected, pair=i, verdicts=verdicts[i],
+                                     better=better[i], judge=judge, seed=a.seed)) + "\n")
+    write_whole(f"{a.data}/made.jsonl", "".join(lines))
     order = [[better[i], 1 - better[i]] for i in kept]
     write_rows(a, "pairs", np.array([rows[i][best_first] for i, best_first in zip(kept, order)]))
 
@@ -464,9 +463,6 @@ def with_rewards(a) -> None:
                       "--batch", str(min(32, rows)), "--warmup", str(a.reward_steps // 10),
                       "--eval_every", str(a.reward_steps)])
 
-    def sample_ref(path, n, seed):
-        write_tokens(path, sample_stories(load(s.init, s.device), n, s, REF)[:, None])
-
     def fit(path, **_):
         shutil.rmtree(s.out, ignore_errors=True)
         if spo.train(s) < s.steps:
@@ -475,7 +471,7 @@ def with_rewards(a) -> None:
         os.remove(f"{s.out}/ckpt.pt")  # three times the model's size
 
     if a.what in PUBLISHED:
-        make(f"{a.data}/ref.npy", sample_ref, [s.init], n=a.ref, seed=a.seed)
+        make(f"{a.data}/ref.npy", sampler(s, 1, REF), [s.init], n=a.ref, seed=a.seed)
     make(f"{a.data}/reward.pt", fit, [s.init, f"{a.data}/pairs.npy"], steps=s.steps, seed=a.seed)
 
 

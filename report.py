@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import spo
-from evaluate import Parser, peak, read_log
+from evaluate import Parser, peak, read_log, write_whole
 from model import UserError, cli, load
 from prepare_data import sha256
 
@@ -49,8 +49,7 @@ def same_world(data: str, folder: str) -> None:
     world = {name: sha256(f"{data}/{name}") for name in ("sft.pt", "pairs.npy", "ref.npy")}
     os.makedirs(folder, exist_ok=True)
     if not os.path.exists(f"{folder}/world.json"):
-        with open(f"{folder}/world.json", "w") as f:
-            json.dump(world, f, indent=1)
+        write_whole(f"{folder}/world.json", json.dumps(world, indent=1))
     with open(f"{folder}/world.json") as f:
         if json.load(f) != world:
             raise UserError(f"the runs in {folder} are on other data than {data} has now: move them away.")
@@ -84,9 +83,7 @@ def report(model: str, folder: str) -> None:
             program("evaluate.py", f"{where}/best.pt", *flags.split())
             with open(f"{where}/evaluations.jsonl") as f:
                 again = json.loads(f.readlines()[-1])
-            with open(f"{where}/peak.json.part", "w") as f:
-                json.dump(dict(step=at) | again, f, indent=1)
-            os.replace(f"{where}/peak.json.part", f"{where}/peak.json")
+            write_whole(f"{where}/peak.json", json.dumps(dict(step=at) | again, indent=1))
         run(flags, OVER * STEPS, where)
         with open(f"{where}/peak.json") as f:
             return json.load(f), [r for r in read_log(where) if "win" in r]

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import signal
 import textwrap
 import time
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import (JUDGES, Parser, begin, judge_of, load_tokenizer, load_tokens, peak, read_log, record,
-                      story_reward)
+                      story_reward, write_whole)
 from model import BOS, UserError, cli, full_precision, generate, load, read_checkpoint, save
 
 # ---------------------------------------------------------------------------------------------------
@@ -288,9 +287,7 @@ def take_up(s, optimizer):
                             "resume with the same.")
     optimizer.load_state_dict(checkpoint["optimizer"])
     kept = [r for r in read_log(s.out) if r["step"] <= checkpoint["step"]]
-    with open(f"{s.out}/log.jsonl.part", "w") as f:
-        f.writelines(json.dumps(r) + "\n" for r in kept)
-    os.replace(f"{s.out}/log.jsonl.part", f"{s.out}/log.jsonl")
+    write_whole(f"{s.out}/log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
     return checkpoint["step"], checkpoint["rollout"], checkpoint["window"]
 
 
