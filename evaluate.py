@@ -9,7 +9,6 @@ Other flags are spo.py's: --model, --data, --judge, --seed, ...
 import argparse
 import hashlib
 import http.client
-import itertools
 import json
 import os
 import re
@@ -25,11 +24,6 @@ import torch
 
 import toyworld
 from model import ModelArgs, UserError, cli, full_precision, load
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see python {self.prog} --help).")
 
 
 def load_tokenizer(path: str, vocab_size: int):
@@ -310,56 +304,6 @@ def judge_of(s, tokenizer, y_ref, mask_ref):
 
 
 # ---------------------------------------------------------------------------------------------------
-# A run's folder and its log
-
-def write_whole(path: str, content: str | bytes) -> None:
-    """Writes a file to a temporary name, then moves it into place."""
-    with open(f"{path}.part", "wb") as f:
-        f.write(content.encode() if isinstance(content, str) else content)
-    os.replace(f"{path}.part", path)
-
-
-def begin(s):
-    """Makes a run's folder -> first step, no rollout. An earlier run of that name moves aside."""
-    try:
-        if os.path.exists(f"{s.out}/log.jsonl"):
-            aside = next(a for i in itertools.count(1) if not os.path.exists(a := f"{s.out}.{i}"))
-            os.rename(s.out, aside)
-            print(f"the earlier run in {s.out} is now in {aside}")
-        os.makedirs(s.out, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{s.out} cannot be written ({e.strerror}): name another with --out.") from None
-    return 0, None, []
-
-
-def record(s, **r):
-    """Adds a line to the run's log and shows it, in at most 80 characters."""
-    with open(f"{s.out}/log.jsonl", "a") as f:
-        f.write(json.dumps({k: None if v != v else v for k, v in r.items()}) + "\n")  # JSON has no NaN
-    if "loss" in r:
-        print("{step:6d} {loss:8.3f} {pref:8.3f} {kl:6.2f} {margin:7.2f} {accuracy:5.2f} {lr:8.1e} "
-              "{ms:6.1f} {tokens_s:6.0f}".format(**r).replace("nan", "  -"),
-              "{:3.0f}:{:02.0f}".format(*divmod(int(r["left"]), 60)), flush=True)
-    else:
-        digits = dict(win=3, win_se=3, kl=2, entropy=1, length=0, closed=2, nats=2, right=3)
-        print(f"@{r['step']}", *(f"{name} {r[name]:.{d}f}" for name, d in digits.items() if name in r), flush=True)
-
-
-def read_log(out: str) -> list[dict]:
-    """The records of the run in folder out: each has a step, and the loss or an evaluation after it."""
-    try:
-        with open(f"{out}/log.jsonl") as f:
-            return [json.loads(line) for line in f if line.endswith("\n")]  # a killed run leaves half a line
-    except (OSError, ValueError) as e:
-        raise UserError(f"{out}/log.jsonl cannot be read ({e}).") from None
-
-
-def peak(out: str) -> dict:
-    """The evaluation with the highest win-rate."""
-    return max((r for r in read_log(out) if "win" in r), key=lambda r: r["win"])
-
-
-# ---------------------------------------------------------------------------------------------------
 # A checkpoint's win-rate, on fresh stories
 
 FRESH, FRESH_REF = 200, 201  # what stories are sampled for: keys of spo.rng
@@ -367,6 +311,7 @@ FRESH, FRESH_REF = 200, 201  # what stories are sampled for: keys of spo.rng
 
 def main(argv=None) -> None:
     import spo  # which imports this file for the evaluations of training
+    from run import Parser
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint")
     p.add_argument("--n", type=int, default=1000, help="fresh stories of each model")

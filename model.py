@@ -5,6 +5,8 @@ A compact Llama with llama2.c's parameter names, so that its published checkpoin
     logits = model(tokens)                              # (B, T) -> (B, T, V), every position
     tokens = generate(model, bos, max_new_tokens=255)   # cached sampling, one token a step
 """
+import contextlib
+import ctypes
 import math
 import os
 import struct
@@ -24,6 +26,10 @@ class UserError(Exception):
 
 def cli(main) -> None:
     """Runs a program; the user's mistake is one sentence and exit status 2, Ctrl-C is exit status 130."""
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc gives large tensors' memory back to the kernel, and takes it again page by page: a fifth of a
+        # step of the 15M model. M_MMAP_MAX = 0 and a high M_TRIM_THRESHOLD have it keep what it has.
+        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
     try:
         main()
     except UserError as e:
@@ -64,6 +70,10 @@ class KVCache:
         keys, values = self.buffers[layer]
         keys[:, :, self.length:end], values[:, :, self.length:end] = k.detach(), v.detach()
         return keys[:, :, :end], values[:, :, :end]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Forgets the rows of the batch that are not in rows, a mask (B,)."""
+        self.buffers = {layer: [x[rows] for x in both] for layer, both in self.buffers.items()}
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
@@ -158,6 +168,10 @@ class Transformer(nn.Module):
         tokens (B, T) -> logits (B, T, V); logits[:, t] are those of the token after tokens[:, t].
         With a cache, tokens follow on those already in it, and are added to it.
         """
+        return self.output(self.states(tokens, cache))
+
+    def states(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """What the output layer reads, (B, T, dim)."""
         start, T = cache.length if cache else 0, tokens.shape[1]
         end, longest = start + T, self.args.max_seq_len
         assert end <= longest, f"{end} tokens, but max_seq_len is {longest}"
@@ -168,7 +182,7 @@ class Transformer(nn.Module):
             x = layer(x, self.turns[start:end], mask, i, cache)
         if cache:
             cache.length += T
-        return self.output(self.norm(x))
+        return self.norm(x)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -179,7 +193,7 @@ def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: floa
              top_k: int | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
     """
     Continues prompt (B, P) to tokens (B, P + max_new_tokens); a row that has closed its story with BOS
-    holds BOS from there on. Temperature 0 is greedy. Stops early once every story is closed.
+    holds BOS from there on. Temperature 0 is greedy. Closed stories leave the batch, a quarter at a time.
 
     One uniform number a token, drawn beforehand, turned into a token by the inverse of the cumulative
     distribution: so a row's draws do not depend on what the other rows wrote or when they ended.
@@ -188,11 +202,12 @@ def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: floa
     device = generator.device if generator is not None else prompt.device
     u = torch.rand(B, max_new_tokens, generator=generator, device=device).to(prompt.device)
     tokens = torch.cat((prompt, prompt.new_full((B, max_new_tokens), BOS)), 1)
+    rows = torch.arange(B, device=prompt.device)  # those in the cache, some of them closed already
     closed = torch.zeros(B, dtype=torch.bool, device=prompt.device)
     cache = KVCache(P + max_new_tokens)
     new = prompt
     for t in range(max_new_tokens):
-        logits = full_precision(model(new, cache)[:, -1])             # (B, V)
+        logits = full_precision(model(new, cache)[:, -1])             # (rows, V)
         if temperature == 0:
             pick = logits.argmax(-1)
         else:
@@ -202,12 +217,16 @@ def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: floa
                 logits = logits.masked_fill(logits < kth, -math.inf)
             cumulative = logits.softmax(-1).cumsum(-1)
             # times the last entry, which rounding leaves near 1: then every u has its token
-            pick = torch.searchsorted(cumulative, u[:, t:t + 1] * cumulative[:, -1:], right=True)[:, 0]
-        tokens[:, P + t] = torch.where(closed, BOS, pick)
+            pick = torch.searchsorted(cumulative, u[rows, t:t + 1] * cumulative[:, -1:], right=True)[:, 0]
+        pick = torch.where(closed, BOS, pick)
+        tokens[rows, P + t] = pick
         closed |= pick == BOS
-        if closed.all():
-            break
-        new = tokens[:, P + t:P + t + 1]
+        if 4 * closed.sum() >= len(rows):  # seldom, for it copies the cache
+            cache.keep(~closed)
+            rows, pick, closed = rows[~closed], pick[~closed], closed[~closed]
+            if len(rows) == 0:
+                break
+        new = pick[:, None]
     return tokens
 
 
@@ -248,10 +267,26 @@ def read_checkpoint(path: str, device: str = "cpu") -> dict:
     return checkpoint
 
 
+@contextlib.contextmanager
+def writing(path: str):
+    """A binary file to write, which takes path's place once it is whole and on the disk; else path stays as it is."""
+    try:
+        with open(f"{path}.part", "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.part", path)
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.part")
+        raise UserError(f"{path} cannot be written ({getattr(e, 'strerror', None) or 'is the disk full?'}): "
+                        "what was there before is as it was.") from None
+
+
 def save(model: Transformer, path: str, **more) -> None:
-    """Writes what `load` reads, and `more` beside it; to a temporary name first, then moved into place."""
-    torch.save({"model": model.state_dict(), "model_args": asdict(model.args), **more}, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    """Writes what `load` reads, and `more` beside it."""
+    with writing(path) as f:
+        torch.save({"model": model.state_dict(), "model_args": asdict(model.args), **more}, f)
 
 
 def export(model: Transformer, path: str) -> None:
@@ -264,8 +299,7 @@ def export(model: Transformer, path: str) -> None:
                  "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
         weights += [layer.get_submodule(kind).weight for layer in layers]
     weights += [model.norm.weight, model.turns[..., 0], model.turns[..., 1]]
-    with open(f"{path}.part", "wb") as f:
+    with writing(path) as f:
         f.write(header)
         for w in weights:
             f.write(w.detach().float().cpu().numpy().tobytes())
-    os.replace(f"{path}.part", path)

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 
 import spo
 import toyworld
-from evaluate import (JUDGES, TASTES, TIMEOUT, Parser, expert, judge_pairs, load_tokenizer, patiently,
-                      preferred, write_whole)
-from model import BOS, ModelArgs, Transformer, UserError, cli, load, save
+from evaluate import JUDGES, TASTES, TIMEOUT, expert, judge_pairs, load_tokenizer, patiently, preferred
+from model import BOS, ModelArgs, Transformer, UserError, cli, load, save, writing
+from run import Parser, sha256, write_whole
 
 # The toy world's writer: 189,632 parameters, and a pre-training that takes it to the grammar's entropy.
 VOCAB = 640
@@ -48,11 +48,6 @@ def train_tokenizer(path: str) -> None:
         model_type="bpe", vocab_size=VOCAB, character_coverage=1.0, normalization_rule_name="identity",
         minloglevel=2)
     write_whole(path, learned.getvalue())
-
-
-def sha256(path: str) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def make(path: str, maker, inputs: list[str], **settings) -> None:
@@ -78,9 +73,8 @@ def write_note(path: str, note: dict) -> None:
 
 def write_tokens(path: str, tokens) -> None:
     """tokens (N, n, T) as a token file, the form that load_tokens reads."""
-    with open(f"{path}.part", "wb") as f:
+    with writing(path) as f:
         np.save(f, np.asarray(tokens).astype(np.uint16))
-    os.replace(f"{path}.part", path)
 
 
 def pad(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -89,15 +83,10 @@ def pad(rows: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([F.pad(row, (0, length - row.shape[-1]), value=BOS) for row in rows])
 
 
-def sample_stories(model, n: int, s, purpose: int) -> torch.Tensor:
-    """n stories of the model, in batches -> tokens (n, T)."""
-    return pad([spo.sample(model, min(500, n - i), s, (purpose, i)).cpu() for i in range(0, n, 500)])
-
-
 def sampler(s, responses: int, purpose: int):
     """Who makes a token file of n rows of so many stories of s.init."""
     def maker(path, n, seed):
-        stories = sample_stories(load(s.init, s.device), n * responses, s, purpose)
+        stories = spo.sample(load(s.init, s.device), n * responses, s, (purpose,)).cpu()
         write_tokens(path, stories.view(n, responses, -1))
     return maker
 
@@ -134,7 +123,7 @@ def toy(a) -> None:
         save(load(f"{s.out}/ckpt.pt"), path)
 
     def collect(path, rows, n, seed, purpose, taste):
-        stories = sample_stories(load(f"{a.data}/sft.pt", s.device), rows * n, s, purpose)
+        stories = spo.sample(load(f"{a.data}/sft.pt", s.device), rows * n, s, (purpose,)).cpu()
         r = expert(tokenizer.decode(stories.tolist()), taste).view(rows, n)
         write_tokens(path, rank(stories.view(rows, n, -1), r, spo.rng(seed, purpose)))
 

@@ -15,9 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import spo
-from evaluate import Parser, peak, read_log, write_whole
-from model import UserError, cli, load
-from prepare_data import sha256
+from model import UserError, cli, load, writing
+from run import Parser, peak, read_log, sha256, write_whole
 
 # ---------------------------------------------------------------------------------------------------
 # Table 1 and Figure 1. Each method is tuned over four settings, two learning rates by two of its own, by
@@ -163,8 +162,8 @@ def figure(runs: dict, path: str) -> None:
     for axes in (by_step, by_kl):
         axes.grid(alpha=0.3)
     plot.tight_layout()
-    plot.savefig(f"{path}.part", format="png", dpi=110)
-    os.replace(f"{path}.part", path)
+    with writing(path) as f:
+        plot.savefig(f, format="png", dpi=110)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -208,9 +207,9 @@ def estimators(checkpoint: str, batches: int = 400) -> str:
     gradients = {"token": [], "sequence": []}
     for i in range(batches):
         y = spo.sample(policy, s.R, s, (ESTIMATE, i))
-        mask, logits, ref_logits = spo.story_mask(y)[:, 1:], policy(y[:, :-1]), ref(y[:, :-1]).detach()
-        for name, kl in (("token", spo.token_kl(logits, ref_logits, mask)),
-                         ("sequence", spo.sequence_kl(logits, ref_logits, y[:, 1:], mask))):
+        logp, ref_logp = (spo.seq_logp(model, y, spo.story_mask(y)) for model in (policy, ref))
+        for name, kl in (("token", spo.rollout_kl(policy, ref, y, ref.states(y[:, :-1]).detach())),
+                         ("sequence", spo.sequence_kl(logp, ref_logp))):
             parts = torch.autograd.grad(kl.mean(), policy.parameters(), retain_graph=True)
             gradients[name].append(torch.cat([part.flatten() for part in parts]))
     halves = zip(*(torch.stack(gradients[name]).chunk(2) for name in ("token", "sequence")))

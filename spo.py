@@ -7,20 +7,22 @@ are the paper's. The losses need nothing but torch: copy the one you want.
 
     python spo.py --algo spo --alpha 0.01
 """
-import argparse
+import datetime
 import hashlib
-import json
 import math
-import signal
+import os
+import sys
 import textwrap
 import time
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from evaluate import (JUDGES, Parser, begin, judge_of, load_tokenizer, load_tokens, peak, read_log, record,
-                      story_reward, write_whole)
-from model import BOS, UserError, cli, full_precision, generate, load, read_checkpoint, save
+from evaluate import judge_of, load_tokenizer, load_tokens, story_reward
+from model import BOS, UserError, cli, full_precision, generate, load, save
+from run import begin, folder, peak, record, settings, sha256, show, take_up
 
 # ---------------------------------------------------------------------------------------------------
 # log pi(y): the sum over a story's tokens, the closing BOS among them, so that pi is a distribution
@@ -36,14 +38,30 @@ def story_mask(tokens: torch.Tensor) -> torch.Tensor:
     return F.pad((ends == 0) | ((ends == 1) & (tokens[:, 1:] == BOS)), (1, 0)).long()
 
 
+HEAD = 4096  # positions: where logits of more are needed, they are made so many at a time, and again for the gradient
+
+
+def story_sum(f, counts, *inputs):
+    """
+    The sum over each row's positions that count of what f gives them -> (N,): counts (N, T), inputs (N, T, ..);
+    f: inputs (n, ..) -> (n,). So nothing of a vocabulary's size is made for padding, nor kept for all of a batch.
+    """
+    inputs = [x[counts] for x in inputs]
+    if len(inputs[0]) <= HEAD:
+        values = f(*inputs)
+    else:
+        values = torch.cat([checkpoint(f, *part, use_reentrant=False) for part in zip(*(x.split(HEAD) for x in inputs))])
+    return values.new_zeros(counts.shape).masked_scatter(counts, values).sum(1)
+
+
 def seq_logp(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     log pi(y | x) in nats, (N,): tokens (N, T) are prompt and response, mask (N, T) is 1 on the tokens
-    that count, the response and its end.
+    that count, the response and its end. model: a Transformer, or any function from tokens to logits.
     """
-    logits = full_precision(model(tokens[:, :-1]))                                        # (N, T-1, V)
-    logp = -F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    return (logp.view(len(tokens), -1) * mask[:, 1:]).sum(1)
+    states, output = (model.states, model.output) if hasattr(model, "states") else (model, lambda logits: logits)
+    return story_sum(lambda x, y: -F.cross_entropy(full_precision(output(x)), y, reduction="none"),
+                     mask[:, 1:].bool(), states(tokens[:, :-1]), tokens[:, 1:])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -101,27 +119,25 @@ def slic_loss(logp_w, logp_l, delta):
     return (delta - logp_w + logp_l).clamp(min=0)
 
 
-# algorithm: (its loss of logp (B, n), best first, and ref (B, n); the token file it learns from; the
-# settings that not all read, with defaults that are ours, measured on the toy world). Whoever reads R
-# is regularised by the token KL on R rollouts, taken every k steps.
+# algorithm: (its loss of logp (B, n), best first, ref (B, n) and mu (B,); the token file it learns
+# from; the settings that not all read, with defaults that are ours, measured on the toy world). Whoever
+# reads R is regularised by the token KL on R rollouts, taken every k steps.
 LOSSES = {
-    "spo": (lambda s, logp, ref: spo_loss(
-                logp[:, 0], logp[:, 1], s.alpha,
-                pair_weight(logp[:, 0], logp[:, 1], s.gamma) if s.gamma > 0 else None),
+    "spo": (lambda s, logp, ref, mu: spo_loss(logp[:, 0], logp[:, 1], s.alpha, mu),
             "pairs", dict(alpha=0.01, beta=0.05, gamma=0.0, R=8, k=8, kl="token")),
-    "best_of_n": (lambda s, logp, ref: best_of_n_loss(logp, logp.new_zeros(len(logp)).long(), s.alpha),
+    "best_of_n": (lambda s, logp, ref, mu: best_of_n_loss(logp, logp.new_zeros(len(logp)).long(), s.alpha),
                   "best", dict(alpha=0.01, beta=0.1, R=8, k=8, kl="token")),
-    "ranked": (lambda s, logp, ref: ranked_loss(logp, s.alpha),
+    "ranked": (lambda s, logp, ref, mu: ranked_loss(logp, s.alpha),
                "ranked", dict(alpha=0.01, beta=0.1, R=8, k=8, kl="token")),
-    "dpo": (lambda s, logp, ref: dpo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], s.beta),
+    "dpo": (lambda s, logp, ref, mu: dpo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], s.beta),
             "pairs", dict(beta=0.1)),
-    "ipo": (lambda s, logp, ref: ipo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], s.beta),
+    "ipo": (lambda s, logp, ref, mu: ipo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], s.beta),
             "pairs", dict(beta=0.03)),
-    "slic": (lambda s, logp, ref: slic_loss(logp[:, 0], logp[:, 1], s.delta),
+    "slic": (lambda s, logp, ref, mu: slic_loss(logp[:, 0], logp[:, 1], s.delta),
              "pairs", dict(delta=10.0, beta=0.1)),
     # pre-training, and Section 2's reward model (its text dropped the log): Eq. 9 at alpha = 1, of rewards
-    "sft": (lambda s, logp, ref: -logp[:, 0], "stories", dict()),
-    "reward": (lambda s, r, ref: spo_loss(r[:, 0], r[:, 1], 1.0), "pairs", dict()),
+    "sft": (lambda s, logp, ref, mu: -logp[:, 0], "stories", dict()),
+    "reward": (lambda s, r, ref, mu: spo_loss(r[:, 0], r[:, 1], 1.0), "pairs", dict()),
 }
 
 # ---------------------------------------------------------------------------------------------------
@@ -140,16 +156,19 @@ def token_kl(logits, ref_logits, mask):
     return ((logp.exp() * (logp - ref)).sum(-1) * mask).sum(1)
 
 
-def sequence_kl(logits, ref_logits, y, mask):
+def rollout_kl(policy, ref, y, ref_states):
+    """Appendix D's KL of each of the stories y (R, T) -> (R,), from the states (R, T-1, dim) that ref has of them."""
+    return story_sum(lambda x, r: token_kl(policy.output(x)[:, None], ref.output(r)[:, None], torch.ones_like(x[:, :1])),
+                     story_mask(y)[:, 1:].bool(), policy.states(y[:, :-1]), ref_states)
+
+
+def sequence_kl(logp, ref_logp):
     """
     What Appendix D sets aside: log pi_theta(y) - log pi_ref(y) of each story -> (R,), with the gradient of
     the score-function estimate, unbiased on fresh stories; its baseline is the mean of the other stories.
-    y (R, T): the tokens that logits, ref_logits (R, T, V) are for; mask as above.
     """
-    logp, ref = (-(F.cross_entropy(full_precision(x).transpose(1, 2), y, reduction="none") * mask).sum(1)
-                 for x in (logits, ref_logits))
-    ratio = (logp - ref).detach()
-    advantage = ratio - (ratio.sum() - ratio) / max(1, len(y) - 1)
+    ratio = (logp - ref_logp).detach()
+    advantage = ratio - (ratio.sum() - ratio) / max(1, len(logp) - 1)
     return ratio + advantage * (logp - logp.detach())
 
 
@@ -164,10 +183,18 @@ def rng(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(hashlib.sha256(repr(key).encode()).hexdigest()[:15], 16))
 
 
+@torch.no_grad()
 def sample(model, n, s, key):
-    """n stories of the model -> tokens (n, T)."""
-    bos = torch.full((n, 1), BOS, device=s.device)
-    return trim(generate(model, bos, s.max_new, generator=rng(s.seed, *key)))
+    """n stories of the model -> tokens (n, T), 256 at a time; the ranks share the work, and all get all."""
+    g, each = rng(s.seed, *key), -(-n // s.world)
+    torch.rand(s.rank * each, s.max_new, generator=g)  # what the ranks before this one draw
+    bos = torch.full((each, 1), BOS, device=s.device)
+    with autocast(s):
+        y = torch.cat([generate(model, part, s.max_new, generator=g) for part in bos.split(256)])
+    if s.world > 1:
+        dist.all_gather(every := [torch.empty_like(y) for _ in range(s.world)], y)
+        y = torch.cat(every)[:n]
+    return trim(y)
 
 
 def trim(tokens):
@@ -181,114 +208,55 @@ def batch_rows(n, s, purpose, step):
     return torch.randperm(n, generator=rng(s.seed, purpose, one_pass))[i * s.batch:(i + 1) * s.batch]
 
 
-def get_stories(data, rows, s):
-    """Rows of a token file (N, n, T) -> tokens (B * n, T'), a row's n responses next to each other."""
-    return trim(torch.from_numpy(data[rows.numpy()].astype("int64")).flatten(0, 1).to(s.device))
+def micro_batches(data, rows, s):
+    """
+    This rank's share of some rows of a token file (N, n, T), longest first to save padding, s.micro at a time:
+    rows (b,) and tokens (b * n, T'), a row's n responses next to each other.
+    """
+    y = torch.from_numpy(data[rows.numpy()].astype("int64"))                                # (B, n, T)
+    longest = story_mask(y.flatten(0, 1)).sum(1).view(y.shape[:2]).amax(1)
+    order = longest.argsort(descending=True, stable=True)[s.rank::s.world]
+    for part in order.split(s.micro):
+        yield rows[part], trim(y[part].flatten(0, 1).to(s.device))
 
 
 @torch.no_grad()
-def data_logp(model, data, s, score=seq_logp):
+def data_logp(model, data, s, score=seq_logp, batches=None):
     """
-    log pi (or reward) of all the data -> (N, n). In the batches of training's first pass, so in the same
-    shapes and with the same roundings: at step 0 Eq. 5's margins against the reference are exactly 0.
+    log pi (or reward) of all the data -> (N, n), or of the rows in some batches. In the batches of training's
+    first pass, so in the same shapes and with the same roundings: at step 0 Eq. 5's margins are exactly 0.
     """
-    logp = torch.empty(data.shape[:2], device=s.device)
-    for rows in torch.randperm(len(data), generator=rng(s.seed, BATCH, 0)).split(s.batch):
-        y = get_stories(data, rows, s)
-        logp[rows] = score(model, y, story_mask(y)).view(len(rows), -1)
-    return logp
+    logp = torch.zeros(data.shape[:2], device=s.device)
+    for batch in batches or torch.randperm(len(data), generator=rng(s.seed, BATCH, 0)).split(s.batch):
+        for rows, y in micro_batches(data, batch, s):
+            with autocast(s):
+                logp[rows] = score(model, y, story_mask(y)).view(len(rows), -1)
+    return sum_of_ranks(logp, s)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Settings: one line a flag; the defaults live in LOSSES (per algorithm) and here (per model).
-
-TOY = dict(judge="expert", batch=16, steps=500, warmup=50, lr=2e-4, max_new=100, eval_every=50, eval_stories=256)
-# E.2's, but for lr, which the paper does not give: ours, and not measured yet
-PAPER = dict(judge="reward", batch=128, steps=40000, warmup=5000, lr=1e-5, max_new=255, eval_every=1000,
-             eval_stories=1000, R=32)
-MODELS = ({"toy": TOY, "toy-naive": TOY | dict(judge="naive")}
-          | dict.fromkeys(("stories260K", "stories15M", "stories42M", "stories110M"), PAPER))
+def autocast(s):
+    return torch.autocast(s.device, torch.bfloat16, enabled=s.dtype == "bfloat16")
 
 
-def get_args(argv=None) -> argparse.Namespace:
-    """The command line, checked, with every default filled in."""
-    p = Parser(description="Align a story writer by SPO (arXiv 2405.00747), DPO, IPO or SLiC-HF.",
-               argument_default=argparse.SUPPRESS)
-    p.add_argument("--algo", choices=LOSSES, default="spo", help="the loss; sft: likelihood; reward: a reward model")
-    p.add_argument("--alpha", type=float, help="softness: the target is softmax(r / alpha)")
-    p.add_argument("--beta", type=float, help="weight of the regulariser; DPO: Eq. 5's; IPO: its tau")
-    p.add_argument("--gamma", type=float, help="exponent of Section 4's pair weight mu; 0: unweighted")
-    p.add_argument("--delta", type=float, help="SLiC-HF's margin")
-    p.add_argument("--R", type=int, help="stories in a rollout")
-    p.add_argument("--k", type=int, help="steps a rollout is used for")
-    p.add_argument("--kl", choices=("token", "sequence"), help="Appendix D's, or the score-function estimate")
-    p.add_argument("--model", choices=MODELS, default="toy", help="whose defaults, and files under data/")
-    p.add_argument("--data", help="folder of sft.pt and token files; default data/<model>")
-    p.add_argument("--init", help="start and reference; default <data>/sft.pt")
-    p.add_argument("--tokenizer", help="the checkpoint's own; toy: tokenizer.model, else <data>/tokenizer.model")
-    p.add_argument("--judge", choices=JUDGES, help="of the evaluations: see evaluate.py")
-    p.add_argument("--out", help="the run's folder; default out/<model>-<algo>-<settings>")
-    p.add_argument("--seed", type=int, default=0, help="of batches, rollouts and evaluations")
-    p.add_argument("--steps", type=int, help="how many")
-    p.add_argument("--batch", type=int, help="rows of the preference data a step")
-    p.add_argument("--lr", type=float, help="AdamW's learning rate after warm-up")
-    p.add_argument("--warmup", type=int, help="steps of linear warm-up")
-    p.add_argument("--max_new", type=int, help="longest story, in tokens; a longer one is cut")
-    p.add_argument("--eval_every", type=int, help="steps between evaluations")
-    p.add_argument("--eval_stories", type=int, help="fresh stories an evaluation")
-    p.add_argument("--log_every", type=int, default=10, help="steps a logged line")
-    devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
-    p.add_argument("--device", choices=devices, default=devices[0])
-    p.add_argument("--resume", action="store_true", default=False, help="go on from <out>/ckpt.pt")
-    s = p.parse_args(argv)
-
-    reads = LOSSES[s.algo][2]
-    unread = {name for _, _, settings in LOSSES.values() for name in settings} - reads.keys()
-    for name in unread & vars(s).keys():
-        p.error(f"--{name} is not read by {s.algo}, which reads {', '.join(reads) or 'none of these'}")
-    for name, default in (reads | MODELS[s.model]).items():
-        if name not in unread:
-            setattr(s, name, getattr(s, name, default))
-    lowest = dict(alpha=0, beta=0, gamma=0, delta=0, lr=0, seed=0, warmup=0, R=1, k=1,
-                  steps=1, batch=1, max_new=1, eval_every=1, eval_stories=2, log_every=1)
-    for name, low in lowest.items():
-        if not low <= getattr(s, name, low) < math.inf:
-            p.error(f"--{name} is {getattr(s, name)}: it must be a number from {low} on")
-    if s.algo == "ipo" and s.beta == 0:
-        p.error("--beta is 0: ipo's target margin is 1/(2 beta), so it must be above 0")
-
-    s.data = getattr(s, "data", f"data/{s.model}")
-    s.init = getattr(s, "init", f"{s.data}/sft.pt")
-    s.tokenizer = getattr(s, "tokenizer", ("" if s.model.startswith("toy") else f"{s.data}/") + "tokenizer.model")
-    name = "-".join([s.model, s.algo, *(f"{n}{getattr(s, n)}".removesuffix(".0") for n in reads), f"seed{s.seed}"])
-    s.out = getattr(s, "out", f"out/{name}").rstrip("/")
-    return s
+def sum_of_ranks(x, s):
+    if s.world > 1:
+        dist.all_reduce(x)
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------
 # Training
+
+def get_args(argv=None):
+    """The command line, checked, with every default filled in: those of LOSSES, and run.py's per model."""
+    return settings(LOSSES, argv)
+
 
 def learning_rate(s, step):
     """Linear warm-up, then constant; for sft a cosine down to 0."""
     warm = min(1.0, (step + 1) / max(1, s.warmup))
     done = max(0, step - s.warmup) / max(1, s.steps - s.warmup) if s.algo == "sft" else 0.0
     return s.lr * warm * (1 + math.cos(math.pi * done)) / 2
-
-
-def take_up(s, optimizer):
-    """Goes on from a run's checkpoint -> step, rollout, window; the log is cut back to there."""
-    checkpoint = read_checkpoint(f"{s.out}/ckpt.pt", s.device)
-    if "settings" not in checkpoint:
-        raise UserError(f"{s.out}/ckpt.pt is a model without its run: name it with --init instead.")
-    free = {"resume", "out", "device"} | ({"steps"} if s.algo != "sft" else set())  # a cosine knows its end
-    for name, value in checkpoint["settings"].items():
-        if name not in free and getattr(s, name) != value:
-            raise UserError(f"{s.out} was begun with --{name} {value}, not {getattr(s, name)}: "
-                            "resume with the same.")
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    kept = [r for r in read_log(s.out) if r["step"] <= checkpoint["step"]]
-    write_whole(f"{s.out}/log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-    return checkpoint["step"], checkpoint["rollout"], checkpoint["window"]
 
 
 @torch.no_grad()
@@ -298,12 +266,16 @@ def measure(policy, ref, judge, s, n, key) -> dict:
     length in tokens; the share that is closed.
     """
     y = sample(policy, n, s, key)
+    if s.rank:
+        return {}
     mask = story_mask(y)
     kl, entropy = [], []
-    for part, m in zip(y.split(64), mask[:, 1:].split(64)):
-        logits = full_precision(policy(part[:, :-1]))
-        kl.append(token_kl(logits, ref(part[:, :-1]), m))
-        entropy.append((torch.distributions.Categorical(logits=logits).entropy() * m).sum(1))
+    for part in y.split(64):
+        with autocast(s):
+            kl.append(rollout_kl(policy, ref, part, ref.states(part[:, :-1])))
+            entropy.append(story_sum(lambda x: torch.distributions.Categorical(
+                logits=full_precision(policy.output(x))).entropy(), story_mask(part)[:, 1:].bool(),
+                policy.states(part[:, :-1])))
     length = mask.sum(1, keepdim=True)
     closed = y.gather(1, length) == BOS
     return dict(n=n) | judge(y, mask) | dict(
@@ -321,9 +293,10 @@ def evaluate(policy, ref, judge, others, s, step):
     if s.algo == "reward":
         r = data_logp(policy, others, s, story_reward)
         return record(s, step=step, right=(r[:, 0] > r[:, 1]).float().mean().item())
-    record(s, step=step, **measure(policy, ref, judge, s, s.eval_stories, (EVAL, step)))
-    if peak(s.out)["step"] == step:
+    found = measure(policy, ref, judge, s, s.eval_stories, (EVAL, step))
+    if not s.rank and found["win"] > peak(s.out)["win"]:
         save(policy, f"{s.out}/best.pt")
+    record(s, step=step, **found)
 
 
 def take_in(s):
@@ -336,106 +309,138 @@ def take_in(s):
     data = load_tokens(f"{s.data}/{file}.npy", ref.args, n, s.batch)
     if s.max_new > (longest := ref.args.max_seq_len):
         raise UserError(f"--max_new is {s.max_new}, but the model reads {longest} tokens at most.")
+    s.inputs = sha256(s.init)[:8] + sha256(f"{s.data}/{file}.npy")[:8]
     if s.algo == "sft":
         return ref, policy, data, load_tokens(f"{s.data}/heldout.npy", ref.args, (1,), 1), None
     if s.algo == "reward":
         return ref, policy.scalar_head(), data, load_tokens(f"{s.data}/heldout_pairs.npy", ref.args, (2,), 1), None
     others = load_tokens(f"{s.data}/ref.npy", ref.args, (1,), s.batch)
-    y_ref = get_stories(others, torch.arange(min(2000, len(others))), s)                    # (M, T)
+    y_ref = trim(torch.from_numpy(others[:2000, 0].astype("int64")).to(s.device))           # (M, T)
     return ref, policy, data, others, judge_of(s, tokenizer, y_ref, story_mask(y_ref))
+
+
+def preference(policy, data, ref_logp, s, step):
+    """
+    Adds the gradient of the preference loss on this rank's share of a step's batch -> the loss, the mean margin,
+    accuracy and the tokens that count, (4,).
+    """
+    loss_of, score = LOSSES[s.algo][0], story_reward if s.algo == "reward" else seq_logp
+    batch, mu = batch_rows(len(data), s, BATCH, step), torch.ones(len(data), device=s.device)
+    if getattr(s, "gamma", 0) > 0:  # mu's scale is the whole batch's, so all of it is read beforehand
+        mu[batch] = pair_weight(*data_logp(policy, data, s, score, [batch])[batch].T, s.gamma)
+    terms = torch.zeros(4, device=s.device)
+    for rows, y in micro_batches(data, batch, s):
+        with autocast(s):
+            logp = score(policy, y, mask := story_mask(y)).view(len(rows), -1)              # (b, n)
+        loss = loss_of(s, logp, ref_logp[rows], mu[rows]).sum() / s.batch
+        loss.backward()
+        margin = logp[:, 0] - logp[:, 1:].amax(1) if logp.shape[1] > 1 else logp[:, 0] * math.nan
+        won = torch.where(margin > 0, 1.0, 0 * margin)
+        terms += torch.stack((loss, margin.sum() / s.batch, won.sum() / s.batch, mask.sum())).detach()
+    return terms
+
+
+def read_by(ref, y, s):
+    """This rank's share of the rollouts y (R, T), a few at a time, and what the KL needs of the reference."""
+    for part in y[s.rank::s.world].split(2 * s.micro):
+        with autocast(s), torch.no_grad():
+            yield part, (seq_logp(ref, part, story_mask(part)) if s.kl == "sequence" else ref.states(part[:, :-1]))
+
+
+def regulariser(policy, ref, rollout, others, s, step):
+    """This rank's share of the regulariser, the mean over stories, in pieces to differentiate one by one."""
+    for y, of_ref in rollout:
+        with autocast(s):
+            kl = (sequence_kl(seq_logp(policy, y, story_mask(y)), of_ref) if s.kl == "sequence" else
+                  rollout_kl(policy, ref, y, of_ref)).sum() / s.R
+        yield kl
+    if s.algo == "slic":
+        for _, y in micro_batches(others, batch_rows(len(others), s, SLIC, step), s):
+            with autocast(s):
+                nll = -seq_logp(policy, y, story_mask(y)).sum() / s.batch
+            yield nll
 
 
 def train(s) -> int:
     """Minimises Eq. 1 from s.init, which is the reference too, on the data in s.data -> the step reached."""
-    loss_of, _, reads = LOSSES[s.algo]
-    score = story_reward if s.algo == "reward" else seq_logp
-    ref, policy, data, others, judge = take_in(s)
+    with folder(s) as signals:
+        return minimise(s, signals, *take_in(s))
+
+
+def minimise(s, signals, ref, policy, data, others, judge):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.lr, betas=(0.9, 0.95), fused=True)
-    step, y_kl, window = take_up(s, optimizer) if s.resume else begin(s)
+    step, evaluated, y_kl, window, skipped = take_up(s, optimizer) if s.resume else begin(s)
     print(textwrap.fill(" ".join(f"{k}={v}" for k, v in vars(s).items()), 80, break_on_hyphens=False))
 
-    ref_logp = data_logp(ref, data, s) if s.algo in ("dpo", "ipo") else torch.zeros(data.shape[:2])
-    # the first Ctrl-C finishes the step and saves, the second leaves at once
-    first, began, stop = step, time.perf_counter(), []
-    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    rolls_out = "R" in LOSSES[s.algo][2] and s.beta > 0
+    ref_logp = data_logp(ref, data, s) if s.algo in ("dpo", "ipo") else torch.zeros(data.shape[:2], device=s.device)
+    first, began, rollout, stop = step, time.perf_counter(), [], False
     print("  step     loss     pref     kl  margin   acc       lr     ms  tok/s   left")
-    if step == 0:
-        evaluate(policy, ref, judge, others, s, step)
-    while step < s.steps:
+    while True:
+        if evaluated != step and (step % s.eval_every == 0 or step == s.steps):
+            evaluate(policy, ref, judge, others, s, step)
+        if step == s.steps or stop:
+            break
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, step)
 
         # 1. every k steps, R fresh stories of the current model; the reference reads them once
-        if "R" in reads and s.beta > 0 and (step % s.k == 0 or step == first):
+        if rolls_out and (step % s.k == 0 or step == first):
             if step % s.k == 0:
                 y_kl = sample(policy, s.R, s, (ROLLOUT, step))                          # (R, T)
-            with torch.no_grad():
-                ref_logits = ref(y_kl[:, :-1])                                          # (R, T-1, V)
+            rollout = list(read_by(ref, y_kl, s))
 
-        # 2. log pi_theta of the batch's responses, all in one forward
-        rows = batch_rows(len(data), s, BATCH, step)
-        y = get_stories(data, rows, s)                                                  # (B * n, T)
-        logp = score(policy, y, story_mask(y)).view(s.batch, -1)                        # (B, n)
-
-        # 3. Eq. 1: preference loss + beta * regulariser
-        loss = pref = loss_of(s, logp, ref_logp[rows]).mean()
-        kl = torch.full_like(pref, math.nan)
-        if "R" in reads and s.beta > 0:
-            logits, mask = policy(y_kl[:, :-1]), story_mask(y_kl)[:, 1:]
-            kl = (token_kl(logits, ref_logits, mask) if s.kl == "token" else
-                  sequence_kl(logits, ref_logits, y_kl[:, 1:], mask)).mean()
-            loss = pref + s.beta * kl
-        elif s.algo == "slic":
-            y_ref = get_stories(others, batch_rows(len(others), s, SLIC, step), s)
-            loss = pref - s.beta * seq_logp(policy, y_ref, story_mask(y_ref)).mean()
-
-        # 4. AdamW on the clipped gradient
+        # 2. and 3. Eq. 1: preference loss + beta * regulariser, each with its gradient
         optimizer.zero_grad()
-        loss.backward()
-        if not torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).isfinite():
-            raise UserError(f"the gradient is not finite at step {step}, loss {loss:.3g}: try a lower --lr.")
-        optimizer.step()
+        terms = preference(policy, data, ref_logp, s, step)
+        reg = torch.zeros(1, device=s.device)
+        for part in regulariser(policy, ref, rollout, others, s, step):
+            (s.beta * part).backward()
+            reg += part.detach()
+
+        # 4. AdamW on the clipped gradient of all ranks
+        for p in policy.parameters():
+            sum_of_ranks(p.grad, s)
+        pref, margin, accuracy, tokens, reg = sum_of_ranks(torch.cat((terms, reg)), s)
+        loss = pref + getattr(s, "beta", 0) * reg
+        if (torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0) + loss).isfinite():
+            optimizer.step()
+        else:
+            skipped.append(step)
+            print(f"step {step} is skipped: its loss or gradient is not finite (loss {loss:.3g})")
+            if skipped[-5:] == list(range(step - 4, step + 1)):
+                raise UserError(f"the loss or gradient was not finite in steps {step - 4} to {step}: go on from "
+                                f"{s.out}/ckpt.pt or best.pt, if they are there, with a lower --lr or another --seed.")
         step += 1
 
-        # 5. log the mean of the steps since the last line; evaluate; save
-        margin = logp[:, 0] - logp[:, 1:].amax(1) if logp.shape[1] > 1 else logp[:, 0] * math.nan
-        terms = torch.stack((loss, pref, kl, margin.mean(), torch.where(margin > 0, 1.0, 0 * margin).mean()))
-        window.append((terms.detach(), y.numel(), time.perf_counter() - started))
+        # 5. log the mean of the steps since the last line; save
+        kl = reg if rolls_out else reg * math.nan
+        window.append((torch.stack((loss, pref, kl, margin, accuracy, tokens)), time.perf_counter() - started))
         if step == 1 or step % s.log_every == 0:
-            terms, tokens, seconds = zip(*window)
-            loss, pref, kl, margin, accuracy = torch.stack(terms).mean(0).tolist()
+            terms, seconds = zip(*window)
+            loss, pref, kl, margin, accuracy, tokens = torch.stack(terms).mean(0).tolist()
             record(s, step=step, loss=loss, pref=pref, kl=kl, margin=margin, accuracy=accuracy, lr=group["lr"],
-                   ms=1e3 * sum(seconds) / len(window), tokens_s=sum(tokens) / sum(seconds),
+                   ms=1e3 * sum(seconds) / len(window), tokens_s=tokens * len(window) / sum(seconds), skipped=len(skipped),
                    left=(time.perf_counter() - began) / (step - first) * (s.steps - step))
             window = []
-        if due := step % s.eval_every == 0 or step == s.steps:
-            evaluate(policy, ref, judge, others, s, step)
-        if due or stop:
+        stop = bool(sum_of_ranks(torch.tensor(len(signals), device=s.device), s))
+        if not s.rank and (stop or step % s.eval_every == 0 or step == s.steps):
             save(policy, f"{s.out}/ckpt.pt", settings=vars(s), step=step, optimizer=optimizer.state_dict(),
-                 rollout=y_kl, window=window)
-        if stop:
-            break
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+                 rollout=y_kl, window=window, skipped=skipped)
     if step == s.steps and judge:
-        report(policy, ref, s)
+        show(s, policy.args.vocab_size, *(sample(model, 3, s, (SHOW,)) for model in (ref, policy)))
     return step
-
-
-def report(policy, ref, s):
-    """The peak, and three stories before and after, drawn with the same random numbers."""
-    tokenizer = load_tokenizer(s.tokenizer, ref.args.vocab_size)
-    print("peak win-rate {win:.3f} ± {win_se:.3f} at step {step}, kl {kl:.2f}\n".format(**peak(s.out)))
-    pairs = zip(*(tokenizer.decode(sample(model, 3, s, (SHOW,)).tolist()) for model in (ref, policy)))
-    text = "".join(textwrap.fill(f"{when}: {story}", 80, subsequent_indent="        ") + "\n"
-                   for pair in pairs for when, story in zip(("before", " after"), pair))
-    with open(f"{s.out}/stories.txt", "w") as f:
-        f.write(text)
-    print(text, end="")
 
 
 def main():
     s = get_args()
+    if s.world > 1:
+        if s.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if s.device == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+        if s.rank:
+            sys.stdout = open(os.devnull, "w")
     step = train(s)
     if step < s.steps:
         print(f"stopped, and saved at step {step}: the same command with RESUME=1 (--resume) goes on")

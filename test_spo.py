@@ -27,10 +27,11 @@ import evaluate
 import model
 import prepare_data
 import report
+import run as runs
 import spo
 import toyworld
-from evaluate import read_log
 from model import BOS, KVCache, ModelArgs, Transformer, generate
+from run import peak, read_log
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
@@ -406,16 +407,15 @@ def test_sequence_kl_is_unbiased_value_and_gradient():
     policy, ref, y = tiny(3, 0).double(), tiny(3, 1).double(), all_stories(3)
     mask = spo.story_mask(y)
     logp = spo.seq_logp(policy, y, mask)
-    pi, ref_logits = logp.exp().detach(), ref(y[:, :-1]).detach()
-    exact = (logp.exp() * (logp - spo.seq_logp(ref, y, mask).detach())).sum()
-    logits = policy(y[:, :-1])
-    value = sum(pi[i] * pi[j] * spo.sequence_kl(logits[[i, j]], ref_logits[[i, j]], y[[i, j], 1:], mask[[i, j], 1:]).mean()
+    pi, ref_logp = logp.exp().detach(), spo.seq_logp(ref, y, mask).detach()
+    exact = (logp.exp() * (logp - ref_logp)).sum()
+    value = sum(pi[i] * pi[j] * spo.sequence_kl(logp[[i, j]], ref_logp[[i, j]]).mean()
                 for i in range(len(y)) for j in range(len(y)))
     a, b = (torch.cat([g.flatten() for g in torch.autograd.grad(x, policy.parameters(), retain_graph=True)])
             for x in (exact, value))
     assert value.item() == pytest.approx(exact.item(), rel=1e-9) and torch.allclose(a, b, atol=1e-9)
-    one = spo.sequence_kl(logits[:1], ref_logits[:1], y[:1, 1:], mask[:1, 1:])  # alone it has no baseline
-    assert torch.autograd.grad(one.sum(), logits)[0].abs().sum() > 0
+    one = spo.sequence_kl(logp[:1], ref_logp[:1])  # alone it has no baseline
+    assert torch.autograd.grad(one.sum(), logp)[0].abs().sum() > 0
 
 
 def test_token_kl_is_zero_at_the_reference():
@@ -802,7 +802,7 @@ def test_best_is_the_model_of_the_peak(world, tmp_path, monkeypatch):
     best = weights(tmp_path / "a/best.pt")
     wins += [0.6, 0.5]
     run(world, tmp_path / "b", "--eval_every", "2", "--steps", "2")
-    assert evaluate.peak(tmp_path / "a")["step"] == 2 and torch.equal(best, weights(tmp_path / "b/ckpt.pt"))
+    assert peak(tmp_path / "a")["step"] == 2 and torch.equal(best, weights(tmp_path / "b/ckpt.pt"))
     assert not torch.equal(best, weights(tmp_path / "a/ckpt.pt"))
 
 
@@ -839,14 +839,14 @@ def test_rollouts_every_k_steps_and_the_reference_reads_each_once(world, tmp_pat
 
     def load(*args):
         m = real_load(*args)
-        forward = m.forward
+        states = m.states
 
         def counting(tokens, cache=None):
             if len(tokens) == 5:
                 read.append(m)
-            return forward(tokens, cache)
+            return states(tokens, cache)
 
-        m.forward = counting
+        m.states = counting
         return m
 
     monkeypatch.setattr(spo, "sample", sample)
@@ -1524,7 +1524,7 @@ def test_a_small_report(world, tmp_path, monkeypatch, capsys):
     first = open("r/table.md").read()
     assert first.count("\n") == 7 and "±" in first
     times = {name: os.stat(f"r/{name}/log.jsonl").st_mtime_ns for name in os.listdir("r") if "seed" in name}
-    peaks = {name: evaluate.peak(f"r/{name}")["win"] for name in times if "100" in name and name.startswith("spo")}
+    peaks = {name: peak(f"r/{name}")["win"] for name in times if "100" in name and name.startswith("spo")}
     better = max(peaks, key=peaks.get).partition("-eval")[0]
     assert len(times) == 2 + 2 and sum(name.startswith(better + "-") for name in times) == 3  # tuned on 100, then 0 and 1
     report.report("toy", "r")

@@ -1,0 +1,223 @@
+"""
+What is around training: its settings, and a run's folder with lock, log and checkpoints.
+"""
+import argparse
+import contextlib
+import fcntl
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import signal
+import textwrap
+
+import torch
+
+from evaluate import JUDGES, load_tokenizer
+from model import UserError, read_checkpoint, writing
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see python {self.prog} --help).")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Settings: one line a flag; the defaults live in spo.LOSSES (per algorithm) and here (per model).
+
+TOY = dict(judge="expert", batch=16, micro=16, steps=500, warmup=50, lr=2e-4, max_new=100, eval_every=50,
+           eval_stories=256)
+# E.2's, but for lr, which the paper does not give: ours, and not measured yet
+PAPER = dict(judge="reward", batch=128, micro=16, steps=40000, warmup=5000, lr=1e-5, max_new=255, eval_every=1000,
+             eval_stories=1000, R=32)
+MODELS = ({"toy": TOY, "toy-naive": TOY | dict(judge="naive")}
+          | dict.fromkeys(("stories260K", "stories15M", "stories42M", "stories110M"), PAPER))
+
+
+def settings(losses: dict, argv: list[str] | None) -> argparse.Namespace:
+    """The command line, checked, with every default filled in; losses: spo.LOSSES."""
+    p = Parser(description="Align a story writer by SPO (arXiv 2405.00747), DPO, IPO or SLiC-HF.",
+               argument_default=argparse.SUPPRESS)
+    p.add_argument("--algo", choices=losses, default="spo", help="the loss; sft: likelihood; reward: a reward model")
+    p.add_argument("--alpha", type=float, help="softness: the target is softmax(r / alpha)")
+    p.add_argument("--beta", type=float, help="weight of the regulariser; DPO: Eq. 5's; IPO: its tau")
+    p.add_argument("--gamma", type=float, help="exponent of Section 4's pair weight mu; 0: unweighted")
+    p.add_argument("--delta", type=float, help="SLiC-HF's margin")
+    p.add_argument("--R", type=int, help="stories in a rollout")
+    p.add_argument("--k", type=int, help="steps a rollout is used for")
+    p.add_argument("--kl", choices=("token", "sequence"), help="Appendix D's, or the score-function estimate")
+    p.add_argument("--model", choices=MODELS, default="toy", help="whose defaults, and files under data/")
+    p.add_argument("--data", help="folder of sft.pt and token files; default data/<model>")
+    p.add_argument("--init", help="start and reference; default <data>/sft.pt")
+    p.add_argument("--tokenizer", help="the checkpoint's own; toy: tokenizer.model, else <data>/tokenizer.model")
+    p.add_argument("--judge", choices=JUDGES, help="of the evaluations: see evaluate.py")
+    p.add_argument("--out", help="the run's folder; default out/<model>-<algo>-<settings>")
+    p.add_argument("--seed", type=int, default=0, help="of batches, rollouts and evaluations")
+    p.add_argument("--steps", type=int, help="how many")
+    p.add_argument("--batch", type=int, help="rows of the preference data a step")
+    p.add_argument("--micro", type=int, help="rows at a time, of the batch that make one gradient: less, less memory")
+    p.add_argument("--lr", type=float, help="AdamW's learning rate after warm-up")
+    p.add_argument("--warmup", type=int, help="steps of linear warm-up")
+    p.add_argument("--max_new", type=int, help="longest story, in tokens; a longer one is cut")
+    p.add_argument("--eval_every", type=int, help="steps between evaluations")
+    p.add_argument("--eval_stories", type=int, help="fresh stories an evaluation")
+    p.add_argument("--log_every", type=int, default=10, help="steps a logged line")
+    devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
+    p.add_argument("--device", choices=devices, default=devices[0])
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
+    p.add_argument("--resume", action="store_true", default=False, help="go on from <out>/ckpt.pt")
+    s = p.parse_args(argv)
+
+    s.rank, s.world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    reads = losses[s.algo][2]
+    unread = {name for _, _, settings in losses.values() for name in settings} - reads.keys()
+    for name in unread & vars(s).keys():
+        p.error(f"--{name} is not read by {s.algo}, which reads {', '.join(reads) or 'none of these'}")
+    for name, default in (reads | MODELS[s.model]).items():
+        if name not in unread:
+            setattr(s, name, getattr(s, name, default))
+    lowest = dict(alpha=0, beta=0, gamma=0, delta=0, lr=0, seed=0, warmup=0, R=1, k=1,
+                  steps=1, batch=1, micro=1, max_new=1, eval_every=1, eval_stories=2, log_every=1)
+    for name, low in lowest.items():
+        if not low <= getattr(s, name, low) < math.inf:
+            p.error(f"--{name} is {getattr(s, name)}: it must be a number from {low} on")
+    if s.world > min(s.batch, getattr(s, "R", s.batch)):
+        p.error(f"{s.world} processes are more than --batch or --R")
+    if s.algo == "ipo" and s.beta == 0:
+        p.error("--beta is 0: ipo's target margin is 1/(2 beta), so it must be above 0")
+
+    s.data = getattr(s, "data", f"data/{s.model}")
+    s.init = getattr(s, "init", f"{s.data}/sft.pt")
+    s.tokenizer = getattr(s, "tokenizer", ("" if s.model.startswith("toy") else f"{s.data}/") + "tokenizer.model")
+    name = "-".join([s.model, s.algo, *(f"{n}{getattr(s, n)}".removesuffix(".0") for n in reads), f"seed{s.seed}"])
+    s.out = getattr(s, "out", f"out/{name}").rstrip("/")
+    return s
+
+
+# ---------------------------------------------------------------------------------------------------
+# A run's folder
+
+def write_whole(path: str, content: str | bytes) -> None:
+    with writing(path) as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+
+
+def sha256(path: str) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def folder(s):
+    """
+    Holds a run's folder, so that a second run is refused, and lists the signals that come: the first is for the
+    run to finish its step and save, a second one leaves at once.
+    """
+    signals, names = [], (signal.SIGINT, signal.SIGTERM)
+
+    def come(number, _):
+        signals.append(number)
+        for name in names:
+            signal.signal(name, signal.SIG_DFL)
+
+    try:
+        os.makedirs(s.out, exist_ok=True)
+        lock = os.open(f"{s.out}.lock", os.O_CREAT | os.O_WRONLY)  # beside the folder, for begin moves that aside
+        if not s.rank:  # the other ranks are its guests
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {s.out}: wait for it, or name another folder with --out.") from None
+    except OSError as e:
+        raise UserError(f"{s.out} cannot be written ({e.strerror}): name another with --out.") from None
+    before = [signal.signal(name, come) for name in names]
+    try:
+        yield signals
+    finally:
+        for name, handler in zip(names, before):
+            signal.signal(name, handler)
+        os.close(lock)
+
+
+def begin(s):
+    """
+    Makes a run's folder -> its first step, the step last evaluated, rollout, window of the log, skipped steps.
+    An earlier run of that name moves aside.
+    """
+    if not s.rank:
+        if os.path.exists(f"{s.out}/log.jsonl"):
+            aside = next(a for i in itertools.count(1) if not os.path.exists(a := f"{s.out}.{i}"))
+            os.rename(s.out, aside)
+            print(f"the earlier run in {s.out} is now in {aside}")
+        os.makedirs(s.out, exist_ok=True)
+        for part in glob.glob(f"{glob.escape(s.out)}/*.part"):  # a killed run's
+            os.remove(part)
+    return 0, -1, None, [], []
+
+
+def record(s, **r):
+    """Adds a line to the run's log and shows it, in at most 80 characters."""
+    if s.rank:
+        return
+    with open(f"{s.out}/log.jsonl", "a") as f:
+        f.write(json.dumps({k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in r.items()}) + "\n")
+    if "loss" in r:
+        print("{step:6d} {loss:8.3f} {pref:8.3f} {kl:6.2f} {margin:7.2f} {accuracy:5.2f} {lr:8.1e} "
+              "{ms:6.1f} {tokens_s:6.0f}".format(**r).replace("nan", "  -"),
+              "{:3.0f}:{:02.0f}".format(*divmod(int(r["left"]), 60)), flush=True)
+    else:
+        digits = dict(win=3, win_se=3, kl=2, entropy=1, length=0, closed=2, nats=2, right=3)
+        print(f"@{r['step']}", *(f"{name} {r[name]:.{d}f}" for name, d in digits.items() if name in r), flush=True)
+
+
+def read_log(out: str) -> list[dict]:
+    """The records of the run in folder out: each has a step, and the loss or an evaluation after it."""
+    try:
+        with open(f"{out}/log.jsonl") as f:
+            return [json.loads(line) for line in f if line.endswith("\n")]  # a killed run leaves half a line
+    except (OSError, ValueError) as e:
+        raise UserError(f"{out}/log.jsonl cannot be read ({e}).") from None
+
+
+def cut_log(s, step: int) -> int:
+    """Takes out of the log what comes after step -> the step of the last evaluation in it."""
+    kept = [r for r in read_log(s.out) if r["step"] <= step]
+    if not s.rank:
+        write_whole(f"{s.out}/log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
+    return max((r["step"] for r in kept if "loss" not in r), default=-1)
+
+
+def peak(out: str) -> dict:
+    """The evaluation with the highest win-rate."""
+    wins = [r for r in read_log(out) if "win" in r] if os.path.exists(f"{out}/log.jsonl") else []
+    return max(wins, key=lambda r: r["win"], default=dict(win=-1.0))
+
+
+def show(s, vocab_size: int, y_ref, y) -> None:
+    """The peak, and stories before and after, drawn with the same random numbers."""
+    tokenizer = load_tokenizer(s.tokenizer, vocab_size)
+    text = "".join(textwrap.fill(f"{when}: {story}", 80, subsequent_indent="        ") + "\n"
+                   for pair in zip(*(tokenizer.decode(stories.tolist()) for stories in (y_ref, y)))
+                   for when, story in zip(("before", " after"), pair))
+    print("peak win-rate {win:.3f} ± {win_se:.3f} at step {step}, kl {kl:.2f}\n".format(**peak(s.out)))
+    print(text, end="")
+    if not s.rank:
+        write_whole(f"{s.out}/stories.txt", text)
+
+
+def take_up(s, optimizer):
+    """Goes on from a run's checkpoint -> what begin gives; the log is cut back to there."""
+    checkpoint = read_checkpoint(f"{s.out}/ckpt.pt", s.device)
+    if "settings" not in checkpoint:
+        raise UserError(f"{s.out}/ckpt.pt is a model without its run: name it with --init instead.")
+    free = {"resume", "out", "device", "micro", "rank", "world"}
+    free |= {"steps"} if s.algo != "sft" else set()  # a cosine knows its end
+    for name, value in checkpoint["settings"].items():
+        if name == "inputs" and s.inputs != value:
+            raise UserError(f"{s.out} was begun from other files than {s.init} and {s.data} hold now: begin anew.")
+        if name not in free and (now := getattr(s, name, None)) != value:
+            raise UserError(f"{s.out} was begun with --{name} {value}, not {now}: resume with the same.")
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return [checkpoint["step"], cut_log(s, checkpoint["step"]),
+            *(checkpoint[name] for name in ("rollout", "window", "skipped"))]
