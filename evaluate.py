@@ -151,7 +151,7 @@ def ask(question: str) -> str:
         if key:
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         with opener.open(request, timeout=TIMEOUT) as response:
-            return response.read()
+            return response.read(1 << 24)
 
     reply = patiently(url, attempt, {
         400: f"is there a model {model}, and does it take temperature 0? set JUDGE_MODEL",

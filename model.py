@@ -241,14 +241,23 @@ def load(path: str, device: str = "cpu", scalar: bool = False) -> Transformer:
     checkpoint = read_checkpoint(path, device)
     known = {f.name for f in fields(ModelArgs)}
     try:
-        model = Transformer(ModelArgs(**{k: v for k, v in checkpoint["model_args"].items() if k in known}))
-        weights = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
-        if scalar:
-            model.scalar_head()
-        model.load_state_dict(weights, strict=True)
-    except (RuntimeError, TypeError, ValueError, ZeroDivisionError, AttributeError) as e:
+        args = ModelArgs(**{k: v for k, v in checkpoint["model_args"].items() if k in known})
+        weights = {name.removeprefix("_orig_mod."): w.float() for name, w in checkpoint["model"].items()}
+        if args.n_layers > len(weights) or args.max_seq_len > 1 << 17:
+            raise ValueError(f"{args.n_layers} layers, {args.max_seq_len} positions")
+        with torch.device("meta"):  # whatever sizes the file claims, nothing is allocated that it does not hold
+            model = Transformer(args)
+            if scalar:
+                model.scalar_head()
+        model.load_state_dict(weights, strict=True, assign=True)
+        if not all(w.isfinite().all() for w in weights.values()):
+            raise ValueError("some are not finite")
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError) as e:
         reason = " ".join(str(e).split())[:120]
         raise UserError(f"{path}: its weights do not fit its model_args ({reason}).") from None
+    if not scalar:
+        model.output.weight = model.tok_embeddings.weight
+    model.turns = rope_turns(args.dim // args.n_heads, args.max_seq_len)
     return model.to(device)
 
 

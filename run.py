@@ -112,8 +112,8 @@ def sha256(path: str) -> str:
 @contextlib.contextmanager
 def folder(s):
     """
-    Holds a run's folder, so that a second run is refused, and lists the signals that come: the first is for the
-    run to finish its step and save, a second one leaves at once.
+    Makes or takes up a run's folder, and holds it: a second run is refused. An earlier run of that name moves
+    aside. Lists the signals that come: the first is for the run to finish its step, a second one leaves at once.
     """
     signals, names = [], (signal.SIGINT, signal.SIGTERM)
 
@@ -122,38 +122,31 @@ def folder(s):
         for name in names:
             signal.signal(name, signal.SIG_DFL)
 
-    try:
+    def hold():
         os.makedirs(s.out, exist_ok=True)
-        lock = os.open(f"{s.out}.lock", os.O_CREAT | os.O_WRONLY)  # beside the folder, for begin moves that aside
-        if not s.rank:  # the other ranks are its guests
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is writing to {s.out}: wait for it, or name another folder with --out.") from None
-    except OSError as e:
-        raise UserError(f"{s.out} cannot be written ({e.strerror}): name another with --out.") from None
-    before = [signal.signal(name, come) for name in names]
-    try:
+        held.callback(os.close, lock := os.open(f"{s.out}/lock", os.O_CREAT | os.O_WRONLY))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    if s.resume and not os.path.exists(f"{s.out}/ckpt.pt"):
+        raise UserError(f"{s.out}/ckpt.pt is not there: nothing was saved yet, so begin without --resume.")
+    with contextlib.ExitStack() as held:
+        try:
+            if not s.rank:  # the other ranks are its guests
+                hold()
+                if not s.resume and os.path.exists(f"{s.out}/log.jsonl"):
+                    aside = next(a for i in itertools.count(1) if not os.path.exists(a := f"{s.out}.{i}"))
+                    os.rename(s.out, aside)
+                    print(f"the earlier run in {s.out} is now in {aside}")
+                    hold()
+                for part in glob.glob(f"{glob.escape(s.out)}/*.part"):  # a killed run's
+                    os.remove(part)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {s.out}: wait for it, or name another with --out.") from None
+        except OSError as e:
+            raise UserError(f"{s.out} cannot be written ({e.strerror}): name another with --out.") from None
+        for name in names:
+            held.callback(signal.signal, name, signal.signal(name, come))
         yield signals
-    finally:
-        for name, handler in zip(names, before):
-            signal.signal(name, handler)
-        os.close(lock)
-
-
-def begin(s):
-    """
-    Makes a run's folder -> its first step, the step last evaluated, rollout, window of the log, skipped steps.
-    An earlier run of that name moves aside.
-    """
-    if not s.rank:
-        if os.path.exists(f"{s.out}/log.jsonl"):
-            aside = next(a for i in itertools.count(1) if not os.path.exists(a := f"{s.out}.{i}"))
-            os.rename(s.out, aside)
-            print(f"the earlier run in {s.out} is now in {aside}")
-        os.makedirs(s.out, exist_ok=True)
-        for part in glob.glob(f"{glob.escape(s.out)}/*.part"):  # a killed run's
-            os.remove(part)
-    return 0, -1, None, [], []
 
 
 def record(s, **r):
@@ -206,10 +199,10 @@ def show(s, vocab_size: int, y_ref, y) -> None:
         write_whole(f"{s.out}/stories.txt", text)
 
 
-def take_up(s, optimizer):
-    """Goes on from a run's checkpoint -> what begin gives; the log is cut back to there."""
+def take_up(s, policy, optimizer):
+    """Goes on from a run's checkpoint -> step, the one last evaluated, rollout, window, skipped steps."""
     checkpoint = read_checkpoint(f"{s.out}/ckpt.pt", s.device)
-    if "settings" not in checkpoint:
+    if not {"settings", "step", "optimizer", "rollout", "window", "skipped"} <= checkpoint.keys():
         raise UserError(f"{s.out}/ckpt.pt is a model without its run: name it with --init instead.")
     free = {"resume", "out", "device", "micro", "rank", "world"}
     free |= {"steps"} if s.algo != "sft" else set()  # a cosine knows its end
@@ -218,6 +211,10 @@ def take_up(s, optimizer):
             raise UserError(f"{s.out} was begun from other files than {s.init} and {s.data} hold now: begin anew.")
         if name not in free and (now := getattr(s, name, None)) != value:
             raise UserError(f"{s.out} was begun with --{name} {value}, not {now}: resume with the same.")
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    try:
+        policy.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
+        raise UserError(f"{s.out}/ckpt.pt does not fit {s.init} ({' '.join(str(e).split())[:80]}).") from None
     return [checkpoint["step"], cut_log(s, checkpoint["step"]),
             *(checkpoint[name] for name in ("rollout", "window", "skipped"))]

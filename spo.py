@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from evaluate import judge_of, load_tokenizer, load_tokens, story_reward
 from model import BOS, UserError, cli, full_precision, generate, load, save
-from run import begin, folder, peak, record, settings, sha256, show, take_up
+from run import folder, peak, record, settings, sha256, show, take_up
 
 # ---------------------------------------------------------------------------------------------------
 # log pi(y): the sum over a story's tokens, the closing BOS among them, so that pi is a distribution
@@ -301,8 +301,7 @@ def evaluate(policy, ref, judge, others, s, step):
 
 def take_in(s):
     """What a run reads -> reference, policy, data (N, n, T), stories or pairs to evaluate with, judge."""
-    ref = load(s.init, s.device).requires_grad_(False)
-    policy = load(f"{s.out}/ckpt.pt", s.device, s.algo == "reward") if s.resume else load(s.init, s.device)
+    ref, policy = load(s.init, s.device).requires_grad_(False), load(s.init, s.device)
     tokenizer = load_tokenizer(s.tokenizer, ref.args.vocab_size)
     file = LOSSES[s.algo][1]
     n = dict(stories=(1,), pairs=(2,)).get(file, range(2, 100))  # responses a row
@@ -363,13 +362,14 @@ def regulariser(policy, ref, rollout, others, s, step):
 
 def train(s) -> int:
     """Minimises Eq. 1 from s.init, which is the reference too, on the data in s.data -> the step reached."""
+    files = take_in(s)
     with folder(s) as signals:
-        return minimise(s, signals, *take_in(s))
+        return minimise(s, signals, *files)
 
 
 def minimise(s, signals, ref, policy, data, others, judge):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.lr, betas=(0.9, 0.95), fused=True)
-    step, evaluated, y_kl, window, skipped = take_up(s, optimizer) if s.resume else begin(s)
+    step, evaluated, y_kl, window, skipped = take_up(s, policy, optimizer) if s.resume else (0, -1, None, [], [])
     print(textwrap.fill(" ".join(f"{k}={v}" for k, v in vars(s).items()), 80, break_on_hyphens=False))
 
     rolls_out = "R" in LOSSES[s.algo][2] and s.beta > 0

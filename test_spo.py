@@ -27,7 +27,6 @@ import evaluate
 import model
 import prepare_data
 import report
-import run as runs
 import spo
 import toyworld
 from model import BOS, KVCache, ModelArgs, Transformer, generate
@@ -424,6 +423,29 @@ def test_token_kl_is_zero_at_the_reference():
     assert (spo.token_kl(logits, logits.clone(), spo.story_mask(y)[:, 1:]) == 0).all()
 
 
+def test_logits_in_chunks_are_the_plain_ones(monkeypatch):
+    """Values and gradients of seq_logp and rollout_kl; and no more than HEAD positions' logits at a time."""
+    policy, ref, y = tiny(20, 0).double(), tiny(20, 1).double(), torch.randint(2, 20, (6, 9))
+    y[:, 0] = y[0, 3:] = BOS
+    mask, seen = spo.story_mask(y), []
+    policy.output.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+
+    def both():
+        seen.clear()
+        logp = spo.seq_logp(policy, y, mask)
+        kl = spo.rollout_kl(policy, ref, y, ref.states(y[:, :-1]).detach())
+        weights = torch.linspace(1, 2, 6)
+        gradient = torch.autograd.grad(((logp + kl) * weights).sum(), policy.parameters())
+        return logp, kl, torch.cat([g.flatten() for g in gradient])
+
+    plain = both()
+    assert seen == 2 * [mask.sum().item()]  # the padding is skipped
+    assert torch.allclose(plain[1], spo.token_kl(policy(y[:, :-1]), ref(y[:, :-1]), mask[:, 1:]))
+    monkeypatch.setattr(spo, "HEAD", 7)
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(plain, both()))
+    assert max(seen) == 7 and sum(seen) == 4 * mask.sum()  # each chunk once more for its gradient
+
+
 def test_log_softmax_is_in_float32_whatever_the_logits():
     y = all_stories(4)
     mask, logits, ref = spo.story_mask(y), tiny(4, 0)(y[:, :-1]).bfloat16(), tiny(4, 1)(y[:, :-1]).bfloat16()
@@ -509,6 +531,20 @@ def test_rows_of_generate_do_not_depend_on_each_other():
     moved = generate(m, prompt.roll(1, 0), 30, generator=seed())
     assert not torch.equal(generate(m, prompt, 30, generator=seed()), moved.roll(-1, 0))  # each row has its own draws
     m(generate(m, prompt, 5)).sum().backward()  # and what it returns can be trained on
+
+
+def test_closed_stories_leave_the_batch_and_nothing_else_changes(monkeypatch):
+    m, n, rows = tiny(6, 3).double(), 40, []
+    monkeypatch.setattr(m, "states", lambda tokens, cache: rows.append(len(tokens)) or Transformer.states(m, tokens, cache))
+    y = generate(m, torch.full((n, 1), BOS), 20, generator=torch.Generator().manual_seed(0))
+    assert rows[0] == n and rows[-1] <= n / 2 and rows == sorted(rows, reverse=True)
+    monkeypatch.undo()
+    u, slow = torch.rand(n, 20, generator=torch.Generator().manual_seed(0)), torch.full((n, 1), BOS)
+    for t in range(20):  # without a cache, and every row to the end
+        over = (slow[:, 1:] == BOS).any(1)
+        pick = (m(slow)[:, -1].softmax(-1).cumsum(-1) <= u[:, t:t + 1]).sum(1)
+        slow = torch.cat((slow, torch.where(over, BOS, pick)[:, None]), 1)
+    assert torch.equal(y, slow)
 
 
 def forward_from_bin(path, tokens):
@@ -761,6 +797,135 @@ def test_train_minimises_what_it_says(world, tmp_path, algo):
     assert algo == "sft" or np.mean([r["margin"] for r in late]) > np.mean([r["margin"] for r in early])
 
 
+@pytest.mark.parametrize("flags", ["--algo spo", "--algo spo --gamma 0.1", "--algo ranked", "--algo dpo", "--algo slic",
+                                   "--algo sft", "--algo reward"])
+def test_the_gradient_in_pieces_is_the_whole_one(world, flags):
+    def gradient(micro, ranks):
+        total = 0
+        for rank in range(ranks):
+            s = spo.get_args([*SHORT, *flags.split(), "--data", world, "--micro", str(micro)])
+            ref, policy, data, others, _ = spo.take_in(s)
+            with torch.no_grad():
+                policy.layers[0].attention.wq.weight.mul_(1.5)  # away from the reference
+            y = spo.sample(policy, 8, s, (spo.ROLLOUT, 0)) if hasattr(s, "R") else None
+            s.rank, s.world = rank, ranks
+            rollout = list(spo.read_by(ref, y, s)) if hasattr(s, "R") else []
+            terms = spo.preference(policy, data, torch.zeros(data.shape[:2]), s, 0)
+            reg = sum(part for part in spo.regulariser(policy, ref, rollout, others, s, 0))
+            (getattr(s, "beta", 0) * (reg + 0 * policy.norm.weight.sum())).backward()
+            total = total + torch.cat([p.grad.flatten() for p in policy.parameters()] + [terms[[0, 3]]])
+        return total
+
+    whole = gradient(8, 1)
+    assert torch.allclose(gradient(3, 1), whole, rtol=1e-3, atol=1e-5 * whole[:-2].norm())
+    if "gamma" not in flags:  # whose scale is the whole batch's, over all ranks
+        assert torch.allclose(gradient(2, 2), whole, rtol=1e-3, atol=1e-5 * whole[:-2].norm())
+
+
+@pytest.mark.parametrize("flags", ["--algo spo --gamma 0.1 --k 3", "--algo dpo"])
+def test_two_processes_are_one(world, tmp_path, flags):
+    """Losses, evaluations and parameters; and what two began, one goes on with."""
+    argv = [*SHORT, *flags.split(), "--data", world, "--lr", "1e-3", "--log_every", "1"]
+    log = run(world, tmp_path / "one", *flags.split(), "--log_every", "1")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "spo.py",
+                           *argv, "--out", str(tmp_path / "two"), "--steps", "5"],
+                          cwd=HERE, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("peak win-rate") == 1  # only one of them speaks
+    both = run(world, tmp_path / "two", *flags.split(), "--log_every", "1", "--resume")
+    both = [r for r in both if (r["step"], "loss" in r) != (5, False)]  # the end of the first five steps
+    log = [r for r in log if (r["step"], "loss" in r) != (5, False)]
+    for a, b in zip(log, both, strict=True):
+        for name in {"loss", "kl", "margin", "win", "entropy", "accuracy"} & a.keys():
+            assert a[name] is b[name] is None or a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-4), (a, b)
+    a, b, before = (weights(path) for path in (tmp_path / "one/ckpt.pt", tmp_path / "two/ckpt.pt", f"{world}/sft.pt"))
+    assert (a - b).norm() < 0.05 * (a - before).norm()
+
+
+def test_bfloat16_is_near_float32_and_starts_at_the_reference(world, tmp_path):
+    for algo in ("spo", "dpo"):
+        full, half = (run(world, tmp_path / f"{algo}-{dtype}", "--algo", algo, "--dtype", dtype, "--log_every", "1")
+                      for dtype in ("float32", "bfloat16"))
+        first, = (r for r in half if r["step"] == 1)
+        assert algo != "dpo" or first["loss"] == torch.tensor(2.0).log().item()
+        assert half[0]["kl"] == 0 and (algo != "spo" or first["kl"] == 0)
+        assert half[-1]["entropy"] == pytest.approx(full[-1]["entropy"], rel=0.1)
+        losses = [[r["loss"] for r in log if "loss" in r] for log in (full, half)]
+        assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_five_in_a_row_stop(world, tmp_path, monkeypatch, capsys):
+    real, bad = spo.preference, {1, 4, 5}
+
+    def preference(policy, data, ref_logp, s, step):
+        terms = real(policy, data, ref_logp, s, step)
+        if step in bad:
+            policy.norm.weight.grad[3] = math.nan
+        return terms
+
+    monkeypatch.setattr(spo, "preference", preference)
+    log = run(world, tmp_path / "a", "--log_every", "1")
+    assert [r["skipped"] for r in log if "loss" in r] == [0, 1, 1, 1, 2, 3, 3, 3, 3, 3]
+    assert "step 4 is skipped" in capsys.readouterr().out and weights(tmp_path / "a/ckpt.pt").isfinite().all()
+    bad = set(range(6, 11))
+    with pytest.raises(model.UserError, match="in steps 6 to 10: go on from .*ckpt.pt"):
+        run(world, tmp_path / "b", "--steps", "20")
+    assert torch.load(tmp_path / "b/ckpt.pt")["step"] == 10 and weights(tmp_path / "b/ckpt.pt").isfinite().all()
+
+
+KILLS = """
+import os, random, signal, sys, time
+import spo
+argv, out, moments = sys.argv[4:], sys.argv[1], random.Random(int(sys.argv[2]))
+def child():
+    if not (pid := os.fork()):
+        sys.stdout = open(os.devnull, "w")
+        spo.train(spo.get_args(argv + ["--out", out] + ["--resume"] * os.path.exists(f"{out}/ckpt.pt")))
+        os._exit(0)
+    return pid
+steps = []
+for _ in range(int(sys.argv[3])):
+    pid = child()
+    time.sleep(moments.uniform(0.05, 0.5))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+sys.exit(os.waitpid(child(), 0)[1])
+"""
+
+
+def test_killed_at_20_moments_and_gone_on_with_it_is_the_same_run(world, tmp_path):
+    argv = ["--data", world, "--steps", "60", "--eval_every", "2", "--k", "3", "--lr", "1e-3"]
+    log = run(world, tmp_path / "a", *argv)
+    done = subprocess.run([sys.executable, "-c", KILLS, tmp_path / "b", "0", "20", *SHORT, *argv], cwd=HERE, text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stderr
+    one_thread = torch.get_num_threads() == 1  # else the sums' order differs
+    assert torch.allclose(weights(tmp_path / "b/ckpt.pt"), weights(tmp_path / "a/ckpt.pt"), atol=0 if one_thread else 1e-3)
+    assert [r["step"] for r in read_log(tmp_path / "b")] == [r["step"] for r in log]
+    assert not list(tmp_path.glob("*/*.part"))
+
+
+def test_a_second_run_into_the_same_folder_is_refused(world, tmp_path):
+    with spo.folder(spo.get_args(["--out", str(tmp_path / "a")])):
+        for flags in ([], ["--resume"]):
+            (tmp_path / "a/ckpt.pt").touch()
+            with pytest.raises(model.UserError, match="another run is writing"):
+                run(world, tmp_path / "a", *flags)
+    assert os.listdir(tmp_path) == ["a"] and sorted(os.listdir(tmp_path / "a")) == ["ckpt.pt", "lock"]
+    run(world, tmp_path / "a")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(world, tmp_path):
+    run(world, tmp_path / "a", "--steps", "5")
+    before = (tmp_path / "a/ckpt.pt").read_bytes()
+    argv = [*SHORT, "--data", world, "--out", str(tmp_path / "a"), "--lr", "1e-3", "--resume"]
+    full = subprocess.run(["bash", "-c", f"ulimit -f 100; exec {sys.executable} spo.py {' '.join(argv)}"], cwd=HERE,
+                          text=True, capture_output=True)
+    assert full.returncode == 2 and full.stderr.startswith("error: ") and "cannot be written" in full.stderr
+    assert full.stderr.count("\n") == 1 and (tmp_path / "a/ckpt.pt").read_bytes() == before
+    assert not list(tmp_path.glob("a/*.part"))
+
+
 def test_the_kl_of_a_step_is_that_of_its_policy_on_its_rollout(world, tmp_path):
     flags = ["--lr", "3e-3", "--log_every", "1"]
     run(world, tmp_path / "a", *flags, "--steps", "3")
@@ -924,17 +1089,23 @@ def test_what_cannot_be_resumed_is_refused(world, tmp_path):
     with pytest.raises(model.UserError, match="a model without its run"):
         run(world, tmp_path / "a", "--resume")
     run(world, tmp_path / "b", "--algo", "sft", "--steps", "2")
+    copy = shutil.copytree(world, tmp_path / "copy")
+    run(str(copy), tmp_path / "c", "--steps", "2")
+    np.save(copy / "pairs.npy", np.load(f"{world}/pairs.npy")[::-1])
+    with pytest.raises(model.UserError, match="begun from other files"):
+        run(str(copy), tmp_path / "c", "--resume")
     with pytest.raises(model.UserError, match="--steps 2, not 3"):  # its cosine had another end
         run(world, tmp_path / "b", "--algo", "sft", "--steps", "3", "--resume")
 
 
-@pytest.mark.parametrize("when", ["  step", "     3 "])  # in the first evaluation; after some steps
-def test_ctrl_c_finishes_the_step_and_saves(world, tmp_path, when):
+@pytest.mark.parametrize("when, number", [("  step", signal.SIGINT),  # in the first evaluation
+                                          ("     3 ", signal.SIGTERM)])
+def test_the_first_signal_finishes_the_step_and_saves(world, tmp_path, when, number):
     argv = [sys.executable, "spo.py", *SHORT, "--data", world, "--out", str(tmp_path / "a"), "--lr", "1e-3"]
     program = subprocess.Popen(argv + ["--steps", "100000", "--eval_every", "100000"], cwd=HERE, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     next(line for line in program.stdout if line.startswith(when))
-    program.send_signal(signal.SIGINT)
+    program.send_signal(number)
     out, err = program.communicate(timeout=60)
     step = int(re.search(r"saved at step (\d+)", out)[1])
     assert program.returncode == 130 and "RESUME=1" in out and "Traceback" not in err and step >= 1

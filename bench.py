@@ -1,0 +1,167 @@
+"""
+How fast this is here: against the machine's own limits, and against the plain way of doing the same.
+
+    python bench.py --model stories15M --threads 1      # make bench: toy, stories260K and stories15M
+
+Weights and tokens are random, of the true shapes and full length. Times are medians (min to max).
+"""
+import argparse
+import resource
+import statistics
+import time
+
+import numpy as np
+import torch
+
+import spo
+from model import BOS, KVCache, ModelArgs, Transformer, cli, generate
+from prepare_data import WRITER
+from run import Parser
+
+# model: its shape; pairs a step, tokens a story, pairs at a time
+SHAPES = {
+    "toy": (WRITER, 16, 90, 16),
+    "stories260K": (dict(dim=64, n_layers=5, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=4, max_seq_len=512),
+                    32, 128, 8),
+    "stories15M": (dict(dim=288, n_layers=6, n_heads=6, multiple_of=32, max_seq_len=256), 8, 256, 1),
+    "stories110M": (dict(dim=768, n_layers=12, n_heads=12, multiple_of=32, max_seq_len=1024), 8, 256, 1),
+}
+
+
+def measure(f, a) -> list[float]:
+    """Seconds of f(), a.reps times, after once to warm up."""
+    times = []
+    for _ in range(a.reps + 1):
+        began = time.perf_counter()
+        f()
+        if a.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return times[1:]
+
+
+def peaks(a) -> float:
+    """Prints what matrix products and copies reach here -> FLOP/s of the former."""
+    dtype = torch.float32 if a.dtype == "float32" else torch.bfloat16
+    n = 8192 if a.device == "cuda" else 2048
+    x, y = (torch.randn(n, n, device=a.device, dtype=dtype) for _ in range(2))
+    flops = 2 * n ** 3 / min(measure(lambda: x @ y, a))
+    block, copy = (torch.zeros(1 << 24, device=a.device) for _ in range(2))
+    copied = 2 * 4 * len(block) / min(measure(lambda: copy.copy_(block), a))
+    print(f"{a.device}, {torch.get_num_threads()} threads, torch {torch.__version__}: {flops / 1e9:.0f} GFLOP/s in "
+          f"{a.dtype} matrix products, copies at {copied / 1e9:.0f} GB/s")
+    return flops
+
+
+def memory(a) -> str:
+    top = torch.cuda.max_memory_allocated() if a.device == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{top >> 20} MiB"
+
+
+class Endless:
+    """A model that never closes a story."""
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, tokens, cache=None):
+        logits = self.model(tokens, cache)
+        logits[..., BOS] = -torch.inf
+        return logits
+
+
+def bench(a) -> None:
+    shape, pairs, length, micro = SHAPES[a.model]
+    pairs, length, micro = a.pairs or pairs, a.length or length, a.micro or micro
+    algos = {algo: spo.get_args(f"--algo {algo} --model {a.model} --device {a.device} --dtype {a.dtype} --batch {pairs} "
+                                f"--micro {micro} --max_new {length - 1}".split()) for algo in ("spo", "slic")}
+    s = algos["spo"]
+    s.R = max(1, pairs // 4)  # the paper's proportion
+    peak = peaks(a)
+    torch.manual_seed(0)
+    policy = Transformer(ModelArgs(**shape)).to(a.device)
+    args, params = policy.args, sum(p.numel() for p in policy.parameters())
+    per_token = 6 * params + 12 * args.n_layers * args.dim * length  # FLOP, forward and backward
+    print(f"{a.model}: {params:,} parameters, {pairs} pairs of {length} tokens, {micro} at a time; R = {s.R}, k = {s.k}")
+    print(f"{'':34} {'seconds':>22} {'tokens/s':>9} {'of peak':>8} {'memory':>10}")
+
+    def show(name, times, tokens, flop=per_token):
+        middle = statistics.median(times)
+        print(f"{name:34} {middle:8.3f} ({min(times):.3f}-{max(times):.3f}) {tokens / middle:9,.0f} "
+              f"{tokens * flop / middle / peak:8.1%} {memory(a):>10}", flush=True)
+        return middle
+
+    def stories(*shape):
+        y = np.random.default_rng(0).integers(2, args.vocab_size, (*shape, length), np.uint16)
+        y[..., 0] = BOS
+        return y
+
+    data, others, ref_logp = stories(pairs, 2), stories(pairs, 1), torch.zeros(pairs, 2, device=a.device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, fused=True)
+    read = pairs * 2 * (length - 1)
+
+    def step(s, ref=None, rollout=(), preferences=True):
+        optimizer.zero_grad()
+        if preferences:
+            spo.preference(policy, data, ref_logp, s, 0)
+        for part in spo.regulariser(policy, ref, rollout, others, s, 0):
+            (s.beta * part).backward()
+        if preferences:
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+
+    dpo = show("DPO step, ref log-probs known", measure(lambda: step(s), a), read)
+    show("SLiC-HF step", measure(lambda: step(algos["slic"]), a), read * 3 // 2)
+    ref = Transformer(ModelArgs(**shape)).to(a.device).requires_grad_(False)
+    y = torch.from_numpy(stories(s.R).astype(int)).to(a.device)
+    rollout = list(spo.read_by(ref, y, s))
+    kl = show("SPO's KL on R rollouts", measure(lambda: step(s, ref, rollout, False), a), s.R * (length - 1))
+    bos = torch.ones(s.R, 1, dtype=torch.long, device=a.device)
+    fresh = show("SPO's R rollouts, read by ref", measure(
+        lambda: (generate(Endless(policy), bos, length - 1), list(spo.read_by(ref, y, s))), a),
+        s.R * (length - 1), per_token * 2 / 3)
+
+    def plain():
+        """One forward for y_w, one for y_l, the reference's each step, logits of every position, one batch."""
+        optimizer.zero_grad()
+        y = torch.from_numpy(data.astype(int)).to(a.device)
+        with spo.autocast(s):
+            w, l, ref_w, ref_l = (-torch.nn.functional.cross_entropy(
+                model(part[:, :-1]).flatten(0, 1).float(), part[:, 1:].flatten(), reduction="none").view(pairs, -1).sum(1)
+                for model in (policy, ref) for part in y.unbind(1))
+        spo.dpo_loss(w, l, ref_w, ref_l, 0.1).mean().backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+
+    one_forward = torch.from_numpy(stories(32)[:, :length // 2].astype(int)).to(a.device)
+    uncached = 0.0
+    with torch.no_grad(), spo.autocast(s):
+        for n in a.batches:
+            bos = torch.ones(n, 1, dtype=torch.long, device=a.device)
+            for new in {length // 4, length // 2, length - 1} if n == max(a.batches) else [length - 1]:
+                show(f"sampling, batch {n}, {new} tokens", measure(lambda: generate(Endless(policy), bos, new), a),
+                     n * new, per_token / 3)
+        uncached = show("one token of 32, without the cache", measure(lambda: policy(one_forward)[:, -1], a), 32, per_token / 3)
+    plainly = show("plain DPO step", measure(plain, a), read)
+    print(f"an SPO step is {(dpo + kl + fresh / s.k) / dpo:.2f} DPO steps: KL {kl / dpo:.2f}, rollouts / k "
+          f"{fresh / s.k / dpo:.2f}; the plain DPO step is {plainly / dpo:.2f}\n")
+
+
+def main(argv=None) -> None:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
+    p.add_argument("--model", choices=SHAPES, default="toy")
+    p.add_argument("--pairs", type=int, help="a step")
+    p.add_argument("--length", type=int, help="of a story, in tokens")
+    p.add_argument("--micro", type=int, help="pairs at a time")
+    p.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256], help="of the sampling")
+    p.add_argument("--reps", type=int, default=3, help="how often each thing is measured, after a warm-up")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--device", choices=devices, default=devices[0])
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
+    a = p.parse_args(argv)
+    torch.set_num_threads(a.threads)
+    bench(a)
+
+
+if __name__ == "__main__":
+    cli(main)
