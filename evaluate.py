@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import toyworld
-from model import ModelArgs, UserError, cli, full_precision, load
+from model import BOS, ModelArgs, UserError, cli, full_precision, load
 
 
 def load_tokenizer(path: str, vocab_size: int):
@@ -52,13 +52,13 @@ def load_tokens(path: str, args: ModelArgs, responses: Iterable[int], rows: int)
         data = np.load(path, mmap_mode="r")
     except FileNotFoundError:
         raise UserError(f"{path} is not there: `make data` makes the toy world's.") from None
-    except (ValueError, EOFError, OSError) as e:
-        raise UserError(f"{path} is not a token file ({str(e)[:80]}): make it with `make data`.") from None
+    except Exception as e:  # a damaged header fails in any way
+        raise UserError(f"{path} is not a token file ({' '.join(str(e).split())[:80]}): make it with `make data`.") from None
     if not isinstance(data, np.ndarray) or data.dtype != np.uint16 or data.ndim != 3:
         raise UserError(f"{path} is not a token file: make it with `make data`.")
     if data.size == 0:
         raise UserError(f"{path} holds no rows: make it from more preferences.")
-    if data.max() >= args.vocab_size or not 2 <= data.shape[2] <= args.max_seq_len + 1:
+    if data.max() >= args.vocab_size or (data[..., 0] != BOS).any() or not 2 <= data.shape[2] <= args.max_seq_len + 1:
         raise UserError(f"{path} holds tokens or lengths this model does not have: make it with `make data`.")
     if data.shape[1] not in responses:
         raise UserError(f"{path} has {data.shape[1]} responses a row, which does not suit the loss.")
@@ -226,7 +226,10 @@ def judge_pairs(pairs: list[tuple[str, str]], judge: str, path: str) -> list[tup
         f.seek(0)
         whole = [line for line in f if line.endswith(b"\n")]  # a kill can leave half a line
         f.truncate(sum(map(len, whole)))
-    known = {line["key"]: line["verdict"] and tuple(line["verdict"]) for line in map(json.loads, whole)}
+    try:
+        known = {line["key"]: line["verdict"] and tuple(line["verdict"]) for line in map(json.loads, whole)}
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{path} is not a file of verdicts: move it away.") from None
     todo = [(key, order) for key, order in dict(zip(keys, orders)).items() if key not in known]
     there = [known[key] for key in set(keys) if key in known]
     asked, invalid, lock = len(there), there.count(None), threading.Lock()

@@ -11,6 +11,7 @@ import math
 import os
 import struct
 import sys
+import warnings
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -266,7 +267,8 @@ def read_checkpoint(path: str, device: str = "cpu") -> dict:
     if not os.path.exists(path):
         raise UserError(f"{path} is not there: make it with `make data` or `make train`, or name another.")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # a damaged file can fail in any of the unpickler's ways
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:120]
         raise UserError(f"{path} cannot be read as a checkpoint ({reason}): "

@@ -54,8 +54,11 @@ def make(path: str, maker, inputs: list[str], **settings) -> None:
     """Has maker(path, **settings) make path, unless the same settings and inputs made it, as path.json notes."""
     note = settings | {os.path.basename(file): sha256(file) for file in inputs}
     if os.path.exists(path) and os.path.exists(f"{path}.json"):
-        with open(f"{path}.json") as f:
-            made_from = json.load(f)
+        try:
+            with open(f"{path}.json") as f:
+                made_from = dict(json.load(f))
+        except (ValueError, TypeError):
+            made_from = {}
         if made_from == note:
             return
         if "source" in made_from:
@@ -178,7 +181,7 @@ def fetch(url: str, size: int, digest: str, path: str) -> None:
         print(f"{path} is there")
         return
     part = f"{path}.part"
-    patiently(url, lambda: download(url, part), {None: "try later, or name a mirror in " + " or ".join(ENDPOINTS)})
+    patiently(url, lambda: download(url, part, size or 1 << 26), {None: "try later, or name a mirror in " + " or ".join(ENDPOINTS)})
     got, length = sha256(part), os.path.getsize(part)
     if got != digest or length != (size or length):
         with open(part, "rb") as f:
@@ -196,8 +199,11 @@ def forget(part: str) -> None:
             os.remove(file)
 
 
-def download(url: str, part: str) -> None:
-    """Writes the body of url to part; goes on where an earlier one was cut while the entity tag is the same."""
+def download(url: str, part: str, most: int) -> None:
+    """
+    Writes the body of url, at most so many bytes, to part; goes on where an earlier one was cut while the entity
+    tag is the same.
+    """
     tag, headers = f"{part}.etag", {"User-Agent": "spo"}
     if os.path.exists(part) and os.path.exists(tag):
         with open(tag) as f:
@@ -220,7 +226,7 @@ def download(url: str, part: str) -> None:
                 with open(tag, "w") as f:
                     f.write(etag)
         with open(part, "ab") as f:
-            while block := response.read(1 << 18):
+            while have <= most and (block := response.read(1 << 18)):
                 f.write(block)
                 have, now = have + len(block), time.monotonic()
                 if now - shown > 1:
@@ -229,7 +235,7 @@ def download(url: str, part: str) -> None:
                           f"{rate / 2**20:.1f} MiB/s, {max(0, total - have) / rate:.0f} s left ", end="", flush=True)
         if shown > began:
             print()
-    if have < total:
+    if have < min(total, most):
         raise OSError(f"cut after {have} of {total} bytes")
 
 
@@ -310,11 +316,15 @@ def rows_from(item) -> tuple[str, int | None, list[str]]:
     return name, best, stories
 
 
+LONGEST = 1 << 24  # bytes of a line
+
+
 def items_of(path: str):
     """Where and what: each line of a .jsonl as bytes, or each item of a .json list (or of a dict of lists)."""
     with open(path, "rb") as f:
         if not path.endswith(".json"):
-            yield from ((f"line {i}", line) for i, line in enumerate(f, 1) if line.strip())
+            yield from ((f"line {i}", line) for i, line in enumerate(iter(lambda: f.readline(LONGEST + 1), b""), 1)
+                        if line.strip())
             return
         whole = json.load(f)
     if isinstance(whole, dict):
@@ -334,6 +344,8 @@ def imported(a, source: str) -> None:
         where = "its text"
         try:
             for where, item in items_of(file):
+                if isinstance(item, bytes) and len(item) > LONGEST:
+                    raise ValueError(f"it is longer than {LONGEST} bytes")
                 name, best, stories = rows_from(json.loads(item) if isinstance(item, bytes) else item)
                 same = rows.setdefault(name, [])
                 if same and len(same[0]) != len(stories):
@@ -363,7 +375,7 @@ def released(a) -> None:
         def attempt():
             with urllib.request.urlopen(urllib.request.Request(f"{host}/api/repo/{path}",
                                                                headers={"User-Agent": "spo"}), timeout=TIMEOUT) as f:
-                return f.read()
+                return f.read(1 << 30)
         return patiently(f"{host}/api/repo/{path}", attempt, {None: "the release is not to be had there"})
 
     def files(name, under=""):
@@ -375,7 +387,7 @@ def released(a) -> None:
             path = f"{under}/{file}".strip("/")
             if file.endswith((".json", ".jsonl")):
                 yield path, entry["size"]
-            elif "size" not in entry:
+            elif "size" not in entry and path.count("/") < 8:
                 yield from files(name, path)
 
     for name in ("SPO-4159", "SP0-4159"):  # the paper's text can be read either way
@@ -387,7 +399,7 @@ def released(a) -> None:
                 raise UserError(f"{host} lists no .json file")
             os.makedirs(folder, exist_ok=True)
             for i, (path, size) in enumerate(found):
-                local = f"{folder}/{i:03d}-{re.sub('[^A-Za-z0-9._-]', '_', path)}"
+                local = f"{folder}/{i:03d}-{re.sub('[^A-Za-z0-9._-]', '_', path)[-80:]}"
                 if not os.path.exists(local):
                     body = get(f"{name}/file/{urllib.parse.quote(path)}")
                     if len(body) != size:

@@ -168,8 +168,9 @@ def read_log(out: str) -> list[dict]:
     """The records of the run in folder out: each has a step, and the loss or an evaluation after it."""
     try:
         with open(f"{out}/log.jsonl") as f:
-            return [json.loads(line) for line in f if line.endswith("\n")]  # a killed run leaves half a line
-    except (OSError, ValueError) as e:
+            log = [json.loads(line) for line in f if line.endswith("\n")]  # a killed run leaves half a line
+        return [r for r in log if r["step"] >= 0]
+    except (OSError, ValueError, LookupError, TypeError) as e:
         raise UserError(f"{out}/log.jsonl cannot be read ({e}).") from None
 
 

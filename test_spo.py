@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -1076,6 +1077,105 @@ def test_wrong_input_is_one_sentence_and_status_2(world, tmp_path, capsys, flags
     assert output.err.count("\n") == 1 and "Traceback" not in output.err and len(output.err) < 400
     made = set(os.listdir(tmp_path)) - set(before)
     assert not made or words == "not finite"  # nothing half-written; a run that diverges has begun
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def with_args(**change):
+    return lambda good: good | {"model_args": good["model_args"] | change}
+
+
+def with_weight(change):
+    return lambda good: good | {"model": good["model"] | {"norm.weight": change(good["model"]["norm.weight"])}}
+
+
+MALFORMED = {  # which file, and what is wrong with it: bytes -> bytes, or a checkpoint's or token file's content
+    "sft.pt": [lambda b: b"", lambda b: b[:100], lambda b: b[:-100], lambda b: b[len(b) // 2:], lambda b: b"\0" * 4096,
+               lambda b: b[:2000] + b"\xff" * 99 + b[2099:], lambda b: b"<html>" + b, "pickle", "trap"],
+    "checkpoint": [lambda c: [c], lambda c: {}, lambda c: {"model": c["model"]}, lambda c: c | {"model": None},
+                   lambda c: c | {"model": {}}, lambda c: c | {"model_args": 7}, lambda c: c | {"model": {"x": "y"}},
+                   with_args(dim=10 ** 9), with_args(n_layers=10 ** 9), with_args(vocab_size=10 ** 12), with_args(n_heads=0),
+                   with_args(n_heads=7), with_args(multiple_of=10 ** 9), with_args(max_seq_len=10 ** 12),
+                   with_args(max_seq_len=-1), with_args(dim="64"), with_args(n_kv_heads=3), with_args(n_layers=-1),
+                   with_weight(lambda w: w * math.nan), with_weight(lambda w: w / 0), with_weight(lambda w: w[:-1]),
+                   with_weight(lambda w: None), with_weight(str)],
+    "tokenizer.model": [lambda b: b"", lambda b: b[:-1000], lambda b: b"\0" * 999, lambda b: b"{}", lambda b: b[::-1]],
+    "pairs.npy": [lambda b: b"", lambda b: b[:60], lambda b: b[:-1000], lambda b: b"\x93NUMPY" + b[:50], lambda b: b[1:],
+                  lambda b: b.replace(b"(48, 2", b"(9999999999999999, 2"), lambda b: b.replace(b"'shape'", b"'shxpe'"),
+                  "trap"],
+    "tokens": [lambda y: y.astype(np.int64), lambda y: y[:, 0], lambda y: y + 1000, lambda y: y[:0], lambda y: y[:, :, 1:],
+               lambda y: y[:, :1], lambda y: y[:, :, :1], lambda y: y[:3], lambda y: np.array([[["a"]]])],
+}
+
+
+@pytest.mark.parametrize("file, damage", [pytest.param(file, i, id=f"{file}-{i}") for file in MALFORMED
+                                          for i in range(len(MALFORMED[file]))])
+def test_malformed_files_are_one_sentence_and_status_2(world, tmp_path, capsys, file, damage):
+    copy, damage = shutil.copytree(world, tmp_path / "copy"), MALFORMED[file][damage]
+    shutil.copy(f"{HERE}/tokenizer.model", copy)
+    path = copy / dict(checkpoint="sft.pt", tokens="pairs.npy").get(file, file)
+    if damage in ("pickle", "trap"):
+        content = Trap(tmp_path / "trapped") if damage == "trap" else {"model": open}
+        path.write_bytes(pickle.dumps(content)) if damage == "pickle" or file == "pairs.npy" else torch.save(content, path)
+    elif file == "checkpoint":
+        torch.save(damage(torch.load(path)), path)
+    elif file == "tokens":
+        np.save(path, damage(np.load(path)))
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    argv = [*SHORT, "--data", str(copy), "--tokenizer", str(copy / "tokenizer.model"), "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        model.cli(lambda: spo.train(spo.get_args(argv)))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and str(path) in error
+    assert error.count("\n") == 1 and len(error) < 500 and os.listdir(tmp_path) == ["copy"]
+
+
+def test_a_trap_works_on_who_unpickles(tmp_path):
+    pickle.loads(pickle.dumps(Trap(tmp_path / "trapped")))
+    assert (tmp_path / "trapped").exists()
+
+
+def test_damaged_bytes_are_read_or_refused(world, tmp_path, capsys):
+    """A fuzz test over what reads files: bytes changed, cut out or doubled, at random but the same each time."""
+    rng = random.Random(0)
+    good = json.dumps(dict(chosen="A story.", rejected="Another \u20ac."))
+    other = json.dumps(dict(story1="a", story2="b", label="2"))
+    kinds = {"p.jsonl": f"{good}\n{other}\n{good[::-1]}\n".encode()[:-len(good) - 1] * 3, "p.json": f"[{good}, {other}]".encode(),
+             **{name: open(f"{where}/{name}", "rb").read() for name, where in
+                (("sft.pt", world), ("pairs.npy", world), ("tokenizer.model", HERE))}}
+    args = model.load(f"{world}/sft.pt").args
+    readers = {"sft.pt": model.load, "pairs.npy": lambda path: evaluate.load_tokens(path, args, (2,), 8),
+               "tokenizer.model": lambda path: evaluate.load_tokenizer(path, 640)}
+    outcomes = {kind: [0, 0] for kind in kinds}
+    for kind, whole in kinds.items():
+        path = str(tmp_path / kind)
+        for _ in range(60):
+            body = bytearray(whole)
+            for _ in range(rng.randint(1, 4)):
+                at = rng.randrange(min(len(body), 10 ** rng.randint(2, 6)))
+                length = rng.randint(1, 20)
+                body[at:at + length] = rng.choice([b"", rng.randbytes(length), 2 * body[at:at + length], b"\0" * length,
+                                                   b'"', b"9" * length])
+            open(path, "wb").write(body)
+            try:
+                if kind in readers:
+                    readers[kind](path)
+                else:
+                    for _, item in prepare_data.items_of(path):
+                        prepare_data.rows_from(json.loads(item) if isinstance(item, bytes) else item)
+                outcomes[kind][0] += 1
+            except (model.UserError, ValueError, TypeError, RecursionError) as e:
+                assert isinstance(e, model.UserError) or kind not in readers, (kind, e)
+                outcomes[kind][1] += 1
+    assert all(min(both) > 0 for both in outcomes.values()), outcomes
 
 
 def test_what_cannot_be_resumed_is_refused(world, tmp_path):
