@@ -3,12 +3,13 @@
 # Any setting of spo.py can be given, in capitals; what is not given is not passed on:
 #     make train ALGO=spo ALPHA=0.01
 #     make train ALGO=dpo BETA=0.1 SEED=1 STEPS=1500
-# RESUME=1 goes on from the run's last checkpoint. PY=python3 uses the interpreter at hand, not .venv.
+# RESUME=1 goes on from the run's last checkpoint, RANKS=2 shares the work among two processes or GPUs.
+# PY=python3 uses the interpreter at hand, not .venv.
 
 PY = .venv/bin/python
 READY = $(if $(filter .venv/%,$(PY)),.venv/ready)
 SETTINGS = ALGO ALPHA BETA GAMMA DELTA R K MODEL DATA INIT TOKENIZER OUT SEED STEPS BATCH LR WARMUP \
-           MAX_NEW EVAL_EVERY EVAL_STORIES LOG_EVERY DEVICE KL JUDGE
+           MICRO MAX_NEW EVAL_EVERY EVAL_STORIES LOG_EVERY DEVICE DTYPE KL JUDGE
 flag = --$(if $(filter R,$1),R,$(shell echo $1 | tr A-Z a-z))
 given = $(foreach s,$(SETTINGS),$(if $($s),$(call flag,$s) $($s))) $(if $(RESUME),--resume)
 
@@ -18,7 +19,7 @@ help:
 
 # align the story writer, e.g. ALGO=spo ALPHA=0.01
 train: data
-	@$(PY) spo.py $(strip $(given))
+	@$(PY) $(if $(RANKS),-m torch.distributed.run --standalone --nproc_per_node $(RANKS)) spo.py $(strip $(given))
 
 # make what train needs, once: the toy world, or MODEL=stories15M PAIRS=made
 data: $(READY)
@@ -36,6 +37,10 @@ questions: data
 # a checkpoint's win-rate: CHECKPOINT=out/.../best.pt JUDGE=llm N=1000
 evaluate: data
 	@$(PY) evaluate.py $(CHECKPOINT) $(if $(N),--n $(N)) $(strip $(given))
+
+# seconds, tokens per second and share of this machine's peak
+bench: $(READY)
+	@for m in toy stories260K stories15M; do $(PY) bench.py --model $$m --threads $(or $(THREADS),1) || exit; done
 
 # run every test
 test: $(READY)
@@ -55,4 +60,4 @@ clean:
 	.venv/bin/python -m pip install -q -r requirements.txt
 	@touch $@
 
-.PHONY: help train data report questions evaluate test theory clean
+.PHONY: help train data report questions evaluate bench test theory clean

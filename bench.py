@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 import spo
-from model import BOS, KVCache, ModelArgs, Transformer, cli, generate
+from model import BOS, ModelArgs, Transformer, cli, generate
 from prepare_data import WRITER
 from run import Parser
 
 # model: its shape; pairs a step, tokens a story, pairs at a time
 SHAPES = {
     "toy": (WRITER, 16, 90, 16),
-    "stories260K": (dict(dim=64, n_layers=5, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=4, max_seq_len=512),
-                    32, 128, 8),
+    "stories260K": (dict(dim=64, n_layers=5, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=4,
+                         max_seq_len=512), 32, 128, 8),
     "stories15M": (dict(dim=288, n_layers=6, n_heads=6, multiple_of=32, max_seq_len=256), 8, 256, 1),
     "stories110M": (dict(dim=768, n_layers=12, n_heads=12, multiple_of=32, max_seq_len=1024), 8, 256, 1),
 }
@@ -54,8 +54,9 @@ def peaks(a) -> float:
 
 
 def memory(a) -> str:
-    top = torch.cuda.max_memory_allocated() if a.device == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{top >> 20} MiB"
+    """The most this process has held so far, of the device's memory."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return f"{(torch.cuda.max_memory_allocated() if a.device == 'cuda' else used) >> 20} MiB"
 
 
 class Endless:
@@ -72,8 +73,8 @@ class Endless:
 def bench(a) -> None:
     shape, pairs, length, micro = SHAPES[a.model]
     pairs, length, micro = a.pairs or pairs, a.length or length, a.micro or micro
-    algos = {algo: spo.get_args(f"--algo {algo} --model {a.model} --device {a.device} --dtype {a.dtype} --batch {pairs} "
-                                f"--micro {micro} --max_new {length - 1}".split()) for algo in ("spo", "slic")}
+    flags = f"--model {a.model} --device {a.device} --dtype {a.dtype} --batch {pairs} --micro {micro}"
+    algos = {algo: spo.get_args(["--algo", algo, *flags.split()]) for algo in ("spo", "slic")}
     s = algos["spo"]
     s.R = max(1, pairs // 4)  # the paper's proportion
     peak = peaks(a)
@@ -132,15 +133,14 @@ def bench(a) -> None:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
 
-    one_forward = torch.from_numpy(stories(32)[:, :length // 2].astype(int)).to(a.device)
-    uncached = 0.0
+    half = torch.from_numpy(stories(32)[:, :length // 2].astype(int)).to(a.device)
     with torch.no_grad(), spo.autocast(s):
         for n in a.batches:
             bos = torch.ones(n, 1, dtype=torch.long, device=a.device)
-            for new in {length // 4, length // 2, length - 1} if n == max(a.batches) else [length - 1]:
+            for new in sorted({length // 4, length // 2, length - 1}):
                 show(f"sampling, batch {n}, {new} tokens", measure(lambda: generate(Endless(policy), bos, new), a),
                      n * new, per_token / 3)
-        uncached = show("one token of 32, without the cache", measure(lambda: policy(one_forward)[:, -1], a), 32, per_token / 3)
+        show("one token of 32, without the cache", measure(lambda: policy(half), a), 32, per_token / 3)
     plainly = show("plain DPO step", measure(plain, a), read)
     print(f"an SPO step is {(dpo + kl + fresh / s.k) / dpo:.2f} DPO steps: KL {kl / dpo:.2f}, rollouts / k "
           f"{fresh / s.k / dpo:.2f}; the plain DPO step is {plainly / dpo:.2f}\n")

@@ -38,19 +38,17 @@ def story_mask(tokens: torch.Tensor) -> torch.Tensor:
     return F.pad((ends == 0) | ((ends == 1) & (tokens[:, 1:] == BOS)), (1, 0)).long()
 
 
-HEAD = 4096  # positions: where logits of more are needed, they are made so many at a time, and again for the gradient
+HEAD = 4096  # positions whose logits are held; those of more are made again for the gradient
 
 
 def story_sum(f, counts, *inputs):
     """
-    The sum over each row's positions that count of what f gives them -> (N,): counts (N, T), inputs (N, T, ..);
-    f: inputs (n, ..) -> (n,). So nothing of a vocabulary's size is made for padding, nor kept for all of a batch.
+    The sum over each row's positions that count of what f gives them -> (N,): counts (N, T), inputs
+    (N, T, ..), f: inputs (n, ..) -> (n,). So nothing of the vocabulary's size is made for padding.
     """
-    inputs = [x[counts] for x in inputs]
-    if len(inputs[0]) <= HEAD:
-        values = f(*inputs)
-    else:
-        values = torch.cat([checkpoint(f, *part, use_reentrant=False) for part in zip(*(x.split(HEAD) for x in inputs))])
+    pieces = list(zip(*(x[counts].split(HEAD) for x in inputs)))
+    values = torch.cat([checkpoint(f, *piece, use_reentrant=False) if len(pieces) > 1 else f(*piece)
+                        for piece in pieces])
     return values.new_zeros(counts.shape).masked_scatter(counts, values).sum(1)
 
 
@@ -157,9 +155,10 @@ def token_kl(logits, ref_logits, mask):
 
 
 def rollout_kl(policy, ref, y, ref_states):
-    """Appendix D's KL of each of the stories y (R, T) -> (R,), from the states (R, T-1, dim) that ref has of them."""
-    return story_sum(lambda x, r: token_kl(policy.output(x)[:, None], ref.output(r)[:, None], torch.ones_like(x[:, :1])),
-                     story_mask(y)[:, 1:].bool(), policy.states(y[:, :-1]), ref_states)
+    """Appendix D's KL of the stories y (R, T) -> (R,), from the states (R, T-1, dim) that ref has of them."""
+    def f(x, r):
+        return token_kl(policy.output(x)[:, None], ref.output(r)[:, None], torch.ones_like(x[:, :1]))
+    return story_sum(f, story_mask(y)[:, 1:].bool(), policy.states(y[:, :-1]), ref_states)
 
 
 def sequence_kl(logp, ref_logp):
@@ -268,14 +267,12 @@ def measure(policy, ref, judge, s, n, key) -> dict:
     y = sample(policy, n, s, key)
     if s.rank:
         return {}
-    mask = story_mask(y)
-    kl, entropy = [], []
-    for part in y.split(64):
+    mask, kl, entropy = story_mask(y), [], []
+    for part, m in zip(y.split(64), mask.split(64)):
         with autocast(s):
             kl.append(rollout_kl(policy, ref, part, ref.states(part[:, :-1])))
-            entropy.append(story_sum(lambda x: torch.distributions.Categorical(
-                logits=full_precision(policy.output(x))).entropy(), story_mask(part)[:, 1:].bool(),
-                policy.states(part[:, :-1])))
+            entropy.append(story_sum(lambda x: torch.distributions.Categorical(logits=full_precision(policy.output(x)))
+                                     .entropy(), m[:, 1:].bool(), policy.states(part[:, :-1])))
     length = mask.sum(1, keepdim=True)
     closed = y.gather(1, length) == BOS
     return dict(n=n) | judge(y, mask) | dict(
@@ -408,7 +405,7 @@ def minimise(s, signals, ref, policy, data, others, judge):
             optimizer.step()
         else:
             skipped.append(step)
-            print(f"step {step} is skipped: its loss or gradient is not finite (loss {loss:.3g})")
+            print(f"step {step} is skipped: its loss, {loss:.3g}, or its gradient is not finite")
             if skipped[-5:] == list(range(step - 4, step + 1)):
                 raise UserError(f"the loss or gradient was not finite in steps {step - 4} to {step}: go on from "
                                 f"{s.out}/ckpt.pt or best.pt, if they are there, with a lower --lr or another --seed.")
@@ -420,8 +417,9 @@ def minimise(s, signals, ref, policy, data, others, judge):
         if step == 1 or step % s.log_every == 0:
             terms, seconds = zip(*window)
             loss, pref, kl, margin, accuracy, tokens = torch.stack(terms).mean(0).tolist()
+            ms = 1e3 * sum(seconds) / len(window)
             record(s, step=step, loss=loss, pref=pref, kl=kl, margin=margin, accuracy=accuracy, lr=group["lr"],
-                   ms=1e3 * sum(seconds) / len(window), tokens_s=tokens * len(window) / sum(seconds), skipped=len(skipped),
+                   ms=ms, tokens_s=1e3 * tokens / ms, skipped=len(skipped),
                    left=(time.perf_counter() - began) / (step - first) * (s.steps - step))
             window = []
         stop = bool(sum_of_ranks(torch.tensor(len(signals), device=s.device), s))

@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -1271,7 +1272,9 @@ def test_fetch_the_right_file_once_and_go_on_after_a_cut(mirror, tmp_path):
 
 @pytest.mark.parametrize("replies", [
     [CUT, (200, {"ETag": '"b"'}, BODY, None)],                              # the file has changed: from the start
-    [CUT, (416, {}, b"", None), RIGHT], [(200, {}, BODY, 9), (200, {}, BODY, None)],   # no entity tag: likewise
+    [(200, {"ETag": '"a"'}, BODY[::-1], 9), (416, {}, b"", None), RIGHT],  # what is here is not to be gone on with
+    [(200, {"ETag": 'W/"a"'}, BODY[::-1], 9), (200, {"ETag": 'W/"a"'}, BODY, None)],  # a weak tag promises nothing
+    [(200, {}, BODY, 9), (200, {}, BODY, None)],   # no entity tag: likewise
     [(429, {"Retry-After": "0"}, b"", None), (425, {}, b"", None), (500, {}, b"", None), (503, {}, b"", None), RIGHT],
 ])
 def test_fetch_gets_over_passing_trouble(mirror, tmp_path, replies):
@@ -1283,7 +1286,7 @@ def test_fetch_gets_over_passing_trouble(mirror, tmp_path, replies):
 @pytest.mark.parametrize("reply, words, tries", [
     ((404, {}, b"", None), "answers 404", 1), ((410, {}, b"", None), "answers 410", 1), ((403, {}, b"", None), "403", 1),
     ((500, {}, b"", None), "answers 500", 5), ((429, {"Retry-After": "0"}, b"", None), "answers 429", 5),
-    ((200, {}, BODY[::-1], None), "sha256", 1), ((200, {}, BODY[:-1], None), "299999 bytes", 1),
+    ((200, {}, BODY[::-1], None), "sha256", 1), ((200, {}, 9 * BODY, None), "sha256", 1), ((200, {}, BODY[:-1], None), "299999 bytes", 1),
     ((200, {}, b"<!doctype html><p>log in</p>", None), "a web page", 1), ((200, {}, BODY, 7), "cut after 7 of", 5),
 ])
 def test_fetch_never_puts_a_wrong_file_in_place(mirror, tmp_path, reply, words, tries):
@@ -1457,18 +1460,20 @@ def test_an_address_that_is_none_is_a_sentence(endpoint, monkeypatch, url):
 
 def test_win_rate_by_the_endpoint(endpoint, tmp_path):
     """Ours is better, worse, alike (each order prefers the second), and once there is no verdict in one order."""
-    endpoint.replies = [lambda q: "none" if "bad" in q and q.index("bad") < q.index("\n5") else by_scores(q)]
-    pairs = [("8 a", "5"), ("8 b", "5"), ("2", "5"), ("5", "5"), ("9 bad", "5")]
+    # no verdict on the pair, or on the pair the other way round
+    endpoint.replies = [lambda q: "none" if "bad" in q and q.index("bad") < q.index("\n5") or
+                        "ill" in q and q.index("ill") > q.index("\n5") else by_scores(q)]
+    pairs = [("8 a", "5"), ("8 b", "5"), ("2", "5"), ("5", "5"), ("8 c", "5"), ("8 d", "5"), ("9 bad", "5"), ("9 ill", "5")]
     found = evaluate.llm_win_rate(evaluate.judge_pairs(pairs, "llm", tmp_path / "verdicts.jsonl"))
-    assert found["win"] == (1 + 1 + 0 + 0.5) / 4 and found["ties"] == 1 and found["invalid"] == 1
-    assert found["win_se"] == pytest.approx(np.std([1, 1, 0, 0.5], ddof=1) / 2)
+    assert found["win"] == (4 + 0 + 0.5) / 6 and found["ties"] == 1 and found["invalid"] == 2
+    assert found["win_se"] == pytest.approx(np.std([1, 1, 1, 1, 0, 0.5], ddof=1) / 6 ** 0.5)
     evaluate.judge_pairs(pairs, "llm", tmp_path / "verdicts.jsonl")
-    assert len(endpoint.asked) == 9  # of two stories alike, both orders are one question; and nothing is asked twice
+    assert len(endpoint.asked) == 15  # of two stories alike, both orders are one question; and nothing is asked twice
     endpoint.replies = [lambda q: "none"]
     for _ in range(2):  # the second time nothing is left to ask, and it is as wrong
-        with pytest.raises(model.UserError, match="9 of the judge's 9 replies"):
+        with pytest.raises(model.UserError, match="15 of the judge's 15 replies"):
             evaluate.judge_pairs(pairs, "llm", tmp_path / "others.jsonl")
-    assert len(endpoint.asked) == 18
+    assert len(endpoint.asked) == 30
 
 
 def settings(world, judge):
@@ -1711,6 +1716,7 @@ def test_the_release_under_its_second_spelling(world, tmp_path, mirror, monkeypa
 @pytest.mark.parametrize("replies, words", [
     ([(410, {}, b"", None)], "answers 410"), ([(404, {}, b"", None)], "answers 404"),
     ([(200, {}, b"<html>", None)], "cannot be read"), ([(200, {}, b"[]", None)], "lists no .json file"),
+    ([(200, {}, b"{}", None), (200, {}, b'[{"name": "../a.json", "size": 5}]', None), (200, {}, b"[]", None)], "2 bytes, not the 5"),
 ])
 def test_a_dead_release_says_so_and_what_else_there_is(world, tmp_path, mirror, monkeypatch, replies, words):
     monkeypatch.setenv("RELEASE_ENDPOINT", mirror.url)
@@ -1719,6 +1725,7 @@ def test_a_dead_release_says_so_and_what_else_there_is(world, tmp_path, mirror, 
         prepare_data.main(["toy", *TINY_WORLD, "--data", copy_of(world, tmp_path), "--source", "released"])
     assert words in str(error.value) and {"SPO-4159", "SP0-4159"} <= set(
         path.split("/")[3] for path, _ in mirror.asked)
+    assert not list(tmp_path.glob("**/*a.json"))
 
 
 def test_pairs_of_a_published_model_bring_its_stories_and_a_reward_model(world, tmp_path, mirror, monkeypatch):
@@ -1853,6 +1860,32 @@ def test_the_readme_points_at_what_is_there_and_prints_what_it_says():
     assert shown == 2
 
 
+def test_the_map_of_the_readme():
+    """Every program of the repository, with the lines it has."""
+    table = dict(re.findall(r"^\| \[`(\w+\.py)`\]\(\w+\.py\) \| (\d+) \|", readme(), re.M))
+    lines = {name: len(open(f"{HERE}/{name}").readlines()) for name in os.listdir(HERE) if name.endswith(".py")}
+    assert {name: int(n) for name, n in table.items()} == lines
+
+
+COMMANDS = sorted({line.partition("#")[0].removeprefix("$ ").strip() for line in re.findall(
+    r"^(?:\$ )?make .*$|(?<=`)make [^`]*(?=`)", readme(), re.M)})
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_readme_commands(world, tmp_path, line):
+    """As they stand, as far as they get without a network: those of other models to the fetching; slow ones dry."""
+    where = dict(cwd=HERE, text=True, capture_output=True,
+                 env=os.environ | {"OMP_NUM_THREADS": "1", "HF_ENDPOINT": "nowhere", "JUDGE_MODEL": ""})
+    argv = [*shlex.split(line), f"PY={sys.executable}"]
+    dry = subprocess.run([*argv, "-n"], **where)
+    assert dry.returncode == 0 and sys.executable in dry.stdout + line.replace("make clean", sys.executable), line
+    if "MODEL=stories" in line:
+        done = subprocess.run([*argv, f"MORE=--data {tmp_path}/data"], **where)
+        assert done.returncode == 2 and "not an address" in done.stderr, done.stderr
+    elif "theory" in line:
+        assert subprocess.run(argv, **where).returncode == 0
+
+
 def test_the_readme_train_line(world, tmp_path):
     """The README's own command, with fewer steps and the tiny world."""
     line = re.search(r"make train ALGO=spo ALPHA=0.01", readme())[0]
@@ -1862,7 +1895,7 @@ def test_the_readme_train_line(world, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "algo=spo" in done.stdout and "alpha=0.01" in done.stdout and "peak win-rate" in done.stdout
     assert all(len(line) <= 80 for line in done.stdout.splitlines() if re.match(r" *\d|@", line))
-    assert set(os.listdir(tmp_path / "run")) == {"ckpt.pt", "best.pt", "log.jsonl", "stories.txt"}
+    assert set(os.listdir(tmp_path / "run")) == {"ckpt.pt", "best.pt", "log.jsonl", "stories.txt", "lock"}
 
 
 if __name__ == "__main__":
