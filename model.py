@@ -35,6 +35,8 @@ def cli(main) -> None:
         main()
     except UserError as e:
         sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    except OSError as e:
+        sys.exit(print(f"error: {e.filename or 'a file'} cannot be read or written ({e.strerror}).", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -497,19 +497,15 @@ def main(argv=None) -> None:
             p.error(f"--{name} is {getattr(a, name)}: it must be {low} or more")
     a.data = a.data or f"data/{a.what}"
     a.tokenizer = a.tokenizer or (f"{a.data}/" if a.what in PUBLISHED else "") + "tokenizer.model"
-    try:
-        if a.what == "tokenizer":
-            train_tokenizer(a.tokenizer)
-        else:
-            toy(a) if a.what.startswith("toy") else published(a)
-            if a.source in ("made", "released"):
-                dict(made=made, released=released)[a.source](a)
-            elif a.source:
-                imported(a, a.source)
-            if a.reward_steps:
-                with_rewards(a)
-    except OSError as e:
-        raise UserError(f"{e.filename or a.data} cannot be written or read ({e.strerror}).") from None
+    if a.what == "tokenizer":
+        return train_tokenizer(a.tokenizer)
+    toy(a) if a.what.startswith("toy") else published(a)
+    if a.source in ("made", "released"):
+        dict(made=made, released=released)[a.source](a)
+    elif a.source:
+        imported(a, a.source)
+    if a.reward_steps:
+        with_rewards(a)
 
 
 if __name__ == "__main__":

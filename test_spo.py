@@ -32,7 +32,7 @@ import report
 import spo
 import toyworld
 from model import BOS, KVCache, ModelArgs, Transformer, generate
-from run import peak, read_log
+from run import MODELS, PAPER, peak, read_log
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
@@ -917,6 +917,15 @@ def test_a_second_run_into_the_same_folder_is_refused(world, tmp_path):
     run(world, tmp_path / "a")
 
 
+def test_a_folder_that_goes_away_is_a_sentence(world, tmp_path, monkeypatch, capsys):
+    real = spo.measure
+    monkeypatch.setattr(spo, "measure", lambda *args: real(*args) | (shutil.rmtree(tmp_path / "a") or {}))
+    with pytest.raises(SystemExit) as stop:
+        model.cli(lambda: run(world, tmp_path / "a"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "cannot be" in error and f"{tmp_path}/a/" in error
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(world, tmp_path):
     run(world, tmp_path / "a", "--steps", "5")
     before = (tmp_path / "a/ckpt.pt").read_bytes()
@@ -1213,6 +1222,17 @@ def test_the_first_signal_finishes_the_step_and_saves(world, tmp_path, when, num
     assert torch.load(tmp_path / "a/ckpt.pt")["step"] == step
     resumed = subprocess.run([*argv, "--steps", str(step + 1), "--eval_every", "100000", "--resume"], cwd=HERE)
     assert resumed.returncode == 0 and read_log(tmp_path / "a")[-1]["step"] == step + 1
+
+
+def test_the_second_signal_leaves_at_once(world, tmp_path):
+    argv = [sys.executable, "spo.py", *SHORT, "--data", world, "--out", str(tmp_path / "a"), "--eval_stories", "100000"]
+    program = subprocess.Popen(argv, cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    next(line for line in program.stdout if line.startswith("  step"))  # an evaluation of minutes begins
+    program.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert program.poll() is None
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(timeout=20) == -signal.SIGTERM
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1686,12 +1706,14 @@ def test_malformed_lines_are_refused_by_number_and_reason(world, tmp_path, capsy
     ("none.jsonl", None, "none.jsonl"), ("p.json", b"{", "its text"), ("p.json", b"3", "its text"), ("p.json", b"{}", "no preferences"),
     ("p.jsonl", b"", "no preferences"), ("p.jsonl", GOOD.encode(), "only 1 different"), ("p.json", b"[3]", "item 1"),
 ])
-def test_files_that_hold_nothing(world, tmp_path, name, body, words):
+def test_files_that_hold_nothing(world, tmp_path, capsys, name, body, words):
     data = copy_of(world, tmp_path)
     if body is not None:
         (tmp_path / name).write_bytes(body)
-    with pytest.raises(model.UserError, match=words):
-        prepare_data.main(["toy", *TINY_WORLD, "--data", data, "--source", str(tmp_path / name)])
+    with pytest.raises(SystemExit) as stop:
+        model.cli(lambda: prepare_data.main(["toy", *TINY_WORLD, "--data", data, "--source", str(tmp_path / name)]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("listing", ["list", "tree"])
@@ -1736,7 +1758,7 @@ def test_pairs_of_a_published_model_bring_its_stories_and_a_reward_model(world, 
     shutil.copy(f"{HERE}/tokenizer.model", f"{data}/tokenizer.model")
     files = [("", 0, hashlib.sha256(open(f"{data}/{name}", "rb").read()).hexdigest()) for name in ("sft.pt", "tokenizer.model")]
     monkeypatch.setitem(prepare_data.PUBLISHED, "stories15M", files)  # the right files are there already
-    monkeypatch.setitem(spo.MODELS, "stories15M", spo.PAPER | dict(max_new=40, batch=8, warmup=1))
+    monkeypatch.setitem(MODELS, "stories15M", PAPER | dict(max_new=40, batch=8, warmup=1))
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(chosen=toyworld.write_story(rng), rejected="No.")) + "\n"
                                               for _ in range(60)))
     prepare_data.main(["stories15M", "--data", data, "--source", str(tmp_path / "p.jsonl"), "--ref", "20",
