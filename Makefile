@@ -10,6 +10,8 @@ PY = .venv/bin/python
 READY = $(if $(filter .venv/%,$(PY)),.venv/ready)
 SETTINGS = ALGO ALPHA BETA GAMMA DELTA R K MODEL DATA INIT TOKENIZER OUT SEED STEPS BATCH LR WARMUP \
            MICRO MAX_NEW EVAL_EVERY EVAL_STORIES LOG_EVERY DEVICE DTYPE KL JUDGE
+# what the environment calls by one of these names is not meant for us
+$(foreach s,$(SETTINGS) PAIRS MORE N CHECKPOINT RESUME RANKS THREADS,$(eval $s =))
 flag = --$(if $(filter R,$1),R,$(shell echo $1 | tr A-Z a-z))
 given = $(foreach s,$(SETTINGS),$(if $($s),$(call flag,$s) $($s))) $(if $(RESUME),--resume)
 

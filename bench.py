@@ -46,7 +46,7 @@ def peaks(a) -> float:
     n = 8192 if a.device == "cuda" else 2048
     x, y = (torch.randn(n, n, device=a.device, dtype=dtype) for _ in range(2))
     flops = 2 * n ** 3 / min(measure(lambda: x @ y, a))
-    block, copy = (torch.zeros(1 << 24, device=a.device) for _ in range(2))
+    block, copy = (torch.zeros(1 << 28 if a.device == "cuda" else 1 << 24, device=a.device) for _ in range(2))
     copied = 2 * 4 * len(block) / min(measure(lambda: copy.copy_(block), a))
     print(f"{a.device}, {torch.get_num_threads()} threads, torch {torch.__version__}: {flops / 1e9:.0f} GFLOP/s in "
           f"{a.dtype} matrix products, copies at {copied / 1e9:.0f} GB/s")
@@ -81,14 +81,14 @@ def bench(a) -> None:
     torch.manual_seed(0)
     policy = Transformer(ModelArgs(**shape)).to(a.device)
     args, params = policy.args, sum(p.numel() for p in policy.parameters())
-    per_token = 6 * params + 12 * args.n_layers * args.dim * length  # FLOP, forward and backward
     print(f"{a.model}: {params:,} parameters, {pairs} pairs of {length} tokens, {micro} at a time; R = {s.R}, k = {s.k}")
-    print(f"{'':34} {'seconds':>22} {'tokens/s':>9} {'of peak':>8} {'memory':>10}")
+    print(f"{'':36} {'seconds':>22} {'tokens/s':>9} {'of peak':>8} {'peak so far':>12}")
 
-    def show(name, times, tokens, flop=per_token):
-        middle = statistics.median(times)
-        print(f"{name:34} {middle:8.3f} ({min(times):.3f}-{max(times):.3f}) {tokens / middle:9,.0f} "
-              f"{tokens * flop / middle / peak:8.1%} {memory(a):>10}", flush=True)
+    def show(name, times, tokens, context=length, share=1.0):
+        """share: of the 6 N + 12 L dim T floating-point operations a token, forward (a third) and backward."""
+        middle, flop = statistics.median(times), share * (6 * params + 12 * args.n_layers * args.dim * context)
+        print(f"{name:36} {middle:8.3f} ({min(times):.3f}-{max(times):.3f}) {tokens / middle:9,.0f} "
+              f"{tokens * flop / middle / peak:8.1%} {memory(a):>12}", flush=True)
         return middle
 
     def stories(*shape):
@@ -110,16 +110,20 @@ def bench(a) -> None:
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
 
-    dpo = show("DPO step, ref log-probs known", measure(lambda: step(s), a), read)
+    dpo = show("preference step, ref log-probs known", measure(lambda: step(s), a), read)
     show("SLiC-HF step", measure(lambda: step(algos["slic"]), a), read * 3 // 2)
     ref = Transformer(ModelArgs(**shape)).to(a.device).requires_grad_(False)
     y = torch.from_numpy(stories(s.R).astype(int)).to(a.device)
     rollout = list(spo.read_by(ref, y, s))
     kl = show("SPO's KL on R rollouts", measure(lambda: step(s, ref, rollout, False), a), s.R * (length - 1))
     bos = torch.ones(s.R, 1, dtype=torch.long, device=a.device)
-    fresh = show("SPO's R rollouts, read by ref", measure(
-        lambda: (generate(Endless(policy), bos, length - 1), list(spo.read_by(ref, y, s))), a),
-        s.R * (length - 1), per_token * 2 / 3)
+
+    def roll_out():
+        with spo.autocast(s):
+            generate(Endless(policy), bos, length - 1)
+        return list(spo.read_by(ref, y, s))
+
+    fresh = show("SPO's R rollouts, read by ref", measure(roll_out, a), s.R * (length - 1), share=2 / 3)
 
     def plain():
         """One forward for y_w, one for y_l, the reference's each step, logits of every position, one batch."""
@@ -139,8 +143,9 @@ def bench(a) -> None:
             bos = torch.ones(n, 1, dtype=torch.long, device=a.device)
             for new in sorted({length // 4, length // 2, length - 1}):
                 show(f"sampling, batch {n}, {new} tokens", measure(lambda: generate(Endless(policy), bos, new), a),
-                     n * new, per_token / 3)
-        show("one token of 32, without the cache", measure(lambda: policy(half), a), 32, per_token / 3)
+                     n * new, new // 2, 1 / 3)
+        show(f"without cache, 32, after {length // 2} tokens", measure(
+            lambda: policy.output(policy.states(half)[:, -1]), a), 32, 0, 1 / 3)
     plainly = show("plain DPO step", measure(plain, a), read)
     print(f"an SPO step is {(dpo + kl + fresh / s.k) / dpo:.2f} DPO steps: KL {kl / dpo:.2f}, rollouts / k "
           f"{fresh / s.k / dpo:.2f}; the plain DPO step is {plainly / dpo:.2f}\n")
@@ -159,6 +164,9 @@ def main(argv=None) -> None:
     p.add_argument("--device", choices=devices, default=devices[0])
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
     a = p.parse_args(argv)
+    for name, low, high in (("pairs", 1, 4096), ("length", 2, 256), ("micro", 1, 4096), ("reps", 1, 99), ("threads", 1, 999)):
+        if not low <= (getattr(a, name) or (0 if name in ("reps", "threads") else low)) <= high:
+            p.error(f"--{name} is {getattr(a, name)}: it must be from {low} to {high}")
     torch.set_num_threads(a.threads)
     bench(a)
 

@@ -7,6 +7,7 @@ against its reference.
 Other flags are spo.py's: --model, --data, --judge, --seed, ...
 """
 import argparse
+import contextlib
 import hashlib
 import http.client
 import json
@@ -124,7 +125,7 @@ def patiently(url: str, attempt, hint: dict):
             raise UserError(f"{url} is not an address: it must begin with http:// or https://.") from None
         if not left or status not in (416, 425, 429) and status < 500:
             raise UserError(f"{url} cannot be fetched ({trouble}): {hint.get(status, hint[None])}.")
-        pause = min(float(after), 60.0) if after.isdigit() else wait
+        pause = min(float(after), 60.0) if after.isascii() and after.isdigit() else wait
         print(f"{url}: {trouble}; again in {pause:.0f} s", flush=True)
         time.sleep(pause)
         wait *= 2
@@ -191,8 +192,8 @@ better in all of that, and decide. End with these three lines, with a number in 
 def llm_verdict(story_1: str, story_2: str) -> tuple[float, float, int] | None:
     """Two scores from 0 to 10 and which story is better, 1 or 2; None where the reply is invalid."""
     mark, text = question(story_1, story_2)
-    reply, number = ask(text), r":[\s*_]*(?:story )?(\d+\.?\d*)(?: ?(?:/|out of) ?10)?\W*$"
-    said = [set(map(float, re.findall(rf"^\W*{mark} {name}{number}", reply, re.M | re.I)))
+    reply, number = ask(text)[:20_000], r":[\s*_]*(?:story )?(\d{1,3}(?:\.\d{0,6})?)(?: ?(?:/|out of) ?10)?[^\w\n]*$"
+    said = [set(map(float, re.findall(rf"^[^\w\n]*{mark} {name}{number}", reply, re.M | re.I)))
             for name in ("score of story 1", "score of story 2", "better story")]
     if any(len(numbers) != 1 for numbers in said):  # something lacks, or is said twice and differs
         return None
@@ -222,14 +223,15 @@ def judge_pairs(pairs: list[tuple[str, str]], judge: str, path: str) -> list[tup
 
     model = os.environ.get("JUDGE_MODEL", "")
     keys = [hashlib.sha256(f"{model} {question(*order)}".encode()).hexdigest()[:16] for order in orders]
+    known = {}
     with open(path, "ab+") as f:
         f.seek(0)
-        whole = [line for line in f if line.endswith(b"\n")]  # a kill can leave half a line
-        f.truncate(sum(map(len, whole)))
-    try:
-        known = {line["key"]: line["verdict"] and tuple(line["verdict"]) for line in map(json.loads, whole)}
-    except (ValueError, LookupError, TypeError):
-        raise UserError(f"{path} is not a file of verdicts: move it away.") from None
+        for line in f:
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):  # a kill can leave half a line
+                line = json.loads(line)
+                score_1, score_2, better = line["verdict"] or (0, 0, 1)
+                known[line["key"]] = line["verdict"] and (float(score_1), float(score_2), int(better))
+        f.write(b"\n")
     todo = [(key, order) for key, order in dict(zip(keys, orders)).items() if key not in known]
     there = [known[key] for key in set(keys) if key in known]
     asked, invalid, lock = len(there), there.count(None), threading.Lock()
@@ -250,8 +252,8 @@ def judge_pairs(pairs: list[tuple[str, str]], judge: str, path: str) -> list[tup
         for start in range(0, len(todo) + 1, 4 * WORKERS):
             list(pool.map(one, todo[start:start + 4 * WORKERS]))
             if invalid > INVALID * asked and (asked > 200 or start + 4 * WORKERS > len(todo)):
-                raise UserError(f"{invalid} of the judge's {asked} replies are not verdicts: take another JUDGE_MODEL "
-                                f"(the replies are in {path}).")
+                raise UserError(f"{invalid} of the judge's {asked} replies are not verdicts: take another JUDGE_MODEL, or "
+                                f"remove {path} to ask again.")
     said = [known[key] for key in keys]
     return list(zip(said[::2], said[1::2]))
 
@@ -324,6 +326,8 @@ def main(argv=None) -> None:
     s = spo.get_args(rest)
     policy, ref = load(a.checkpoint, s.device), load(s.init, s.device)
     tokenizer = load_tokenizer(s.tokenizer, policy.args.vocab_size)
+    if (policy.args.vocab_size, s.max_new) != (ref.args.vocab_size, min(s.max_new, policy.args.max_seq_len, ref.args.max_seq_len)):
+        raise UserError(f"{a.checkpoint} and {s.init} must have the same tokens, and read --max_new {s.max_new} of them.")
     y_ref = spo.sample(ref, a.n, s, (FRESH_REF,))
     judge = judge_of(s, tokenizer, y_ref, spo.story_mask(y_ref))
     found = spo.measure(policy, ref, judge, s, a.n, (FRESH,))

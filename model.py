@@ -219,6 +219,8 @@ def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: floa
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
             cumulative = logits.softmax(-1).cumsum(-1)
+            if not cumulative[:, -1].isfinite().all():
+                raise UserError("the model has diverged, its probabilities are not finite: train with a lower --lr.")
             # times the last entry, which rounding leaves near 1: then every u has its token
             pick = torch.searchsorted(cumulative, u[rows, t:t + 1] * cumulative[:, -1:], right=True)[:, 0]
         pick = torch.where(closed, BOS, pick)
@@ -246,21 +248,24 @@ def load(path: str, device: str = "cpu", scalar: bool = False) -> Transformer:
     try:
         args = ModelArgs(**{k: v for k, v in checkpoint["model_args"].items() if k in known})
         weights = {name.removeprefix("_orig_mod."): w.float() for name, w in checkpoint["model"].items()}
-        if args.n_layers > len(weights) or args.max_seq_len > 1 << 17:
-            raise ValueError(f"{args.n_layers} layers, {args.max_seq_len} positions")
-        with torch.device("meta"):  # whatever sizes the file claims, nothing is allocated that it does not hold
+        a, head_dim = args, args.dim // args.n_heads
+        if not (0 < a.max_seq_len * a.dim <= 1 << 26 and 0 < a.n_layers < len(weights) and 0 < a.norm_eps < 1
+                and head_dim * a.n_heads == a.dim and head_dim % 2 == 0 and a.n_heads % (a.n_kv_heads or 1) == 0
+                and all(w.is_contiguous() for w in weights.values())):
+            raise ValueError(f"{args}"[:100])
+        with torch.device("meta"):  # whatever sizes the file claims, no weights are allocated that it does not hold
             model = Transformer(args)
             if scalar:
                 model.scalar_head()
         model.load_state_dict(weights, strict=True, assign=True)
         if not all(w.isfinite().all() for w in weights.values()):
             raise ValueError("some are not finite")
+        model.turns = rope_turns(head_dim, args.max_seq_len)
     except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError) as e:
         reason = " ".join(str(e).split())[:120]
         raise UserError(f"{path}: its weights do not fit its model_args ({reason}).") from None
     if not scalar:
         model.output.weight = model.tok_embeddings.weight
-    model.turns = rope_turns(args.dim // args.n_heads, args.max_seq_len)
     return model.to(device)
 
 

@@ -10,8 +10,10 @@ Everything that puts files under data/.
 Each step is skipped when its output is there and was made from the same settings and inputs.
 """
 import argparse
+import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -29,7 +31,8 @@ import torch.nn.functional as F
 
 import spo
 import toyworld
-from evaluate import JUDGES, TASTES, TIMEOUT, expert, judge_pairs, load_tokenizer, patiently, preferred
+from evaluate import (JUDGES, TASTES, TIMEOUT, expert, judge_pairs, load_tokenizer, load_tokens, patiently,
+                      preferred)
 from model import BOS, ModelArgs, Transformer, UserError, cli, load, save, writing
 from run import Parser, sha256, write_whole
 
@@ -277,6 +280,8 @@ def write_rows(a, name: str, rows: np.ndarray) -> None:
           f"{length[:, 0].mean():.0f}, of the last {length[:, -1].mean():.0f}; the best is longer in "
           f"{(length[:, 0] > length[:, -1]).mean():.0%}")
     for file, part in ((name, kept[~out]), (f"heldout_{name}", kept[out])):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{a.data}/{file}.npy.json")  # until both are there, they are nobody's
         write_tokens(f"{a.data}/{file}.npy", part)
         write_note(f"{a.data}/{file}.npy", dict(source=a.source))
 
@@ -307,6 +312,8 @@ def rows_from(item) -> tuple[str, int | None, list[str]]:
     else:
         raise ValueError("it has neither chosen and rejected, nor responses, nor story1, story2 and label")
     stories = [item.get("prompt") or "", *stories]
+    if len(stories) > 100:
+        raise ValueError("it has more than 99 responses")
     if not all(isinstance(story, str) for story in stories):
         raise ValueError("a story or the prompt is not a string")
     stories = [stories[0] + story for story in stories[1:]]
@@ -371,11 +378,11 @@ def released(a) -> None:
     """The paper's released pairs, if the link still works, imported as they are."""
     host, tried = endpoints()["RELEASE_ENDPOINT"], []
 
-    def get(path):
+    def get(path, most=1 << 24):
         def attempt():
             with urllib.request.urlopen(urllib.request.Request(f"{host}/api/repo/{path}",
                                                                headers={"User-Agent": "spo"}), timeout=TIMEOUT) as f:
-                return f.read(1 << 30)
+                return f.read(most)
         return patiently(f"{host}/api/repo/{path}", attempt, {None: "the release is not to be had there"})
 
     def files(name, under=""):
@@ -394,21 +401,21 @@ def released(a) -> None:
         folder = f"{a.data}/{name}"
         try:
             get(f"{name}/options")
-            found = list(files(name))
+            found = list(itertools.islice(files(name), 1000))
             if not found:
                 raise UserError(f"{host} lists no .json file")
             os.makedirs(folder, exist_ok=True)
             for i, (path, size) in enumerate(found):
                 local = f"{folder}/{i:03d}-{re.sub('[^A-Za-z0-9._-]', '_', path)[-80:]}"
                 if not os.path.exists(local):
-                    body = get(f"{name}/file/{urllib.parse.quote(path)}")
+                    body = get(f"{name}/file/{urllib.parse.quote(path)}", 1 << 28)
                     if len(body) != size:
-                        raise UserError(f"{path} has {len(body)} bytes, not the {size} it is listed with")
+                        raise UserError(f"{path!r:.80} has {len(body)} bytes, not the {size!r:.20} it is listed with")
                     write_whole(local, body)
             break
         except UserError as e:
             tried.append(str(e).rstrip("."))
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             tried.append(f"{host}'s list of files cannot be read")
     else:
         raise UserError(f"the released pairs cannot be fetched ({'; '.join(tried)}): take --source made, or a file "
@@ -432,11 +439,12 @@ def preference(verdict, swapped) -> int | str:
 def made(a) -> None:
     """E.1: pairs of the model's own stories, judged in both orders and filtered."""
     s = spo.get_args(["--model", a.what, "--seed", str(a.seed), "--init", f"{a.data}/sft.pt"])
-    tokenizer = load_tokenizer(a.tokenizer, load(s.init).args.vocab_size)
+    args = load(s.init).args
+    tokenizer = load_tokenizer(a.tokenizer, args.vocab_size)
     judge = a.judge or ("llm" if s.judge == "reward" else s.judge)
 
     make(f"{a.data}/made.npy", sampler(s, 2, MADE), [s.init], n=a.pairs, seed=a.seed)
-    rows = np.load(f"{a.data}/made.npy")
+    rows = np.array(load_tokens(f"{a.data}/made.npy", args, (2,), 1))
     texts = [tuple(tokenizer.decode(row.astype(int).tolist())) for row in rows]
     verdicts = judge_pairs(texts, judge, f"{a.data}/verdicts.jsonl")
     better = [preference(*both) for both in verdicts]
@@ -458,7 +466,7 @@ def made(a) -> None:
 
 def with_rewards(a) -> None:
     """What a model needs to be trained and judged without an expert: stories of its own, and a reward model."""
-    rows = len(np.load(f"{a.data}/pairs.npy", mmap_mode="r"))
+    rows = len(load_tokens(f"{a.data}/pairs.npy", load(f"{a.data}/sft.pt").args, (2,), 2))
     s = spo.get_args(["--model", a.what, "--seed", str(a.seed), "--data", a.data, "--tokenizer", a.tokenizer,
                       "--algo", "reward", "--out", f"{a.data}/reward", "--steps", str(a.reward_steps),
                       "--batch", str(min(32, rows)), "--warmup", str(a.reward_steps // 10),

@@ -58,7 +58,7 @@ def run(flags: str, steps: int, out: str) -> dict:
     """Trains to so many steps, or on to them, unless they are done -> the peak so far."""
     if not os.path.exists(f"{out}/ckpt.pt"):
         program("spo.py", *flags.split(), "--steps", str(steps), "--out", out)
-    elif read_log(out)[-1]["step"] < steps:
+    elif max((r["step"] for r in read_log(out) if "win" in r), default=-1) < steps:  # killed, or not as far
         program("spo.py", *flags.split(), "--steps", str(steps), "--out", out, "--resume")
     found = peak(out)
     print(f"{out}: peak {found['win']:.3f} at step {found['step']}", flush=True)
@@ -96,8 +96,7 @@ def report(model: str, folder: str) -> None:
         runs = dict(zip(chosen, pool.map(lambda choice: full(*choice), chosen)))
     runs = {algo: [runs[flags, seed] for seed in SEEDS] for algo, flags in tuned.items()}
     text = table(runs, tuned) + "\n" + frontier(runs)
-    with open(f"{folder}/table.md", "w") as f:
-        f.write(text)
+    write_whole(f"{folder}/table.md", text)
     figure(runs, f"{folder}/figure1.png")
     print(text)
 
@@ -192,8 +191,7 @@ def questions(folder: str) -> None:
         lines.append(f"| `{change or SPO}` | {top['win']:.3f} ({top['step']}) | {log[-1]['win']:.3f} | "
                      f"{log[-1]['kl']:.1f} | {log[-1]['entropy']:.1f} | {ms:.0f} |")
     text = "\n".join(lines) + "\n\n" + estimators(f"{folder}/spo/best.pt")
-    with open(f"{folder}/questions.md", "w") as f:
-        f.write(text)
+    write_whole(f"{folder}/questions.md", text)
     print(text)
 
 

@@ -3,6 +3,7 @@ What is around training: its settings, and a run's folder with lock, log and che
 """
 import argparse
 import contextlib
+import datetime
 import fcntl
 import glob
 import hashlib
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import signal
+import sys
 import textwrap
 
 import torch
@@ -85,6 +87,8 @@ def settings(losses: dict, argv: list[str] | None) -> argparse.Namespace:
             p.error(f"--{name} is {getattr(s, name)}: it must be a number from {low} on")
     if s.world > min(s.batch, getattr(s, "R", s.batch)):
         p.error(f"{s.world} processes are more than --batch or --R")
+    if getattr(s, "kl", "") == "sequence" and s.R > (2 * s.micro if s.world == 1 else 0):
+        p.error("--kl sequence takes its R stories, each the others' baseline, in one piece: R at most 2 --micro, one process")
     if s.algo == "ipo" and s.beta == 0:
         p.error("--beta is 0: ipo's target margin is 1/(2 beta), so it must be above 0")
 
@@ -94,6 +98,22 @@ def settings(losses: dict, argv: list[str] | None) -> argparse.Namespace:
     name = "-".join([s.model, s.algo, *(f"{n}{getattr(s, n)}".removesuffix(".0") for n in reads), f"seed{s.seed}"])
     s.out = getattr(s, "out", f"out/{name}").rstrip("/")
     return s
+
+
+@contextlib.contextmanager
+def ranks(s):
+    """Joins the processes that torchrun started, one a GPU where there are any; all but the first are silent."""
+    if s.world == 1:
+        yield
+        return
+    if s.device == "cuda":
+        if (local := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
+            raise UserError(f"there are {torch.cuda.device_count()} GPUs, fewer than RANKS.")
+        torch.cuda.set_device(local)
+    torch.distributed.init_process_group("nccl" if s.device == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+    with contextlib.redirect_stdout(open(os.devnull, "w") if s.rank else sys.stdout):
+        yield
+    torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -170,7 +190,7 @@ def read_log(out: str) -> list[dict]:
         with open(f"{out}/log.jsonl") as f:
             log = [json.loads(line) for line in f if line.endswith("\n")]  # a killed run leaves half a line
         return [r for r in log if r["step"] >= 0]
-    except (OSError, ValueError, LookupError, TypeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
         raise UserError(f"{out}/log.jsonl cannot be read ({e}).") from None
 
 
@@ -184,7 +204,7 @@ def cut_log(s, step: int) -> int:
 
 def peak(out: str) -> dict:
     """The evaluation with the highest win-rate."""
-    wins = [r for r in read_log(out) if "win" in r] if os.path.exists(f"{out}/log.jsonl") else []
+    wins = [r for r in read_log(out) if r.get("win") is not None] if os.path.exists(f"{out}/log.jsonl") else []
     return max(wins, key=lambda r: r["win"], default=dict(win=-1.0))
 
 
@@ -202,20 +222,29 @@ def show(s, vocab_size: int, y_ref, y) -> None:
 
 def take_up(s, policy, optimizer):
     """Goes on from a run's checkpoint -> step, the one last evaluated, rollout, window, skipped steps."""
-    checkpoint = read_checkpoint(f"{s.out}/ckpt.pt", s.device)
-    if not {"settings", "step", "optimizer", "rollout", "window", "skipped"} <= checkpoint.keys():
-        raise UserError(f"{s.out}/ckpt.pt is a model without its run: name it with --init instead.")
+    path, kinds = f"{s.out}/ckpt.pt", dict(settings=dict, step=int, window=list, skipped=list)
+    checkpoint = read_checkpoint(path, s.device)
+    if not {"optimizer", "rollout"} | kinds.keys() <= checkpoint.keys():
+        raise UserError(f"{path} is a model without its run: name it with --init instead.")
     free = {"resume", "out", "device", "micro", "rank", "world"}
     free |= {"steps"} if s.algo != "sft" else set()  # a cosine knows its end
-    for name, value in checkpoint["settings"].items():
-        if name == "inputs" and s.inputs != value:
-            raise UserError(f"{s.out} was begun from other files than {s.init} and {s.data} hold now: begin anew.")
-        if name not in free and (now := getattr(s, name, None)) != value:
-            raise UserError(f"{s.out} was begun with --{name} {value}, not {now}: resume with the same.")
     try:
+        assert all(type(checkpoint[name]) is kind for name, kind in kinds.items())
+        begun, now = ({k: v for k, v in both.items() if k not in free} for both in (checkpoint["settings"], vars(s)))
+        if begun["inputs"] != now["inputs"]:
+            raise UserError(f"{s.out} was begun from other files than {s.init} and {s.data} hold now: begin anew.")
+        for name in begun | now:
+            if begun.get(name) != now.get(name):
+                raise UserError(f"{s.out} was begun with --{name} {begun.get(name)}, not {now.get(name)}: "
+                                "resume with the same.")
+        if not 0 <= checkpoint["step"] <= s.steps:
+            raise UserError(f"{s.out} is at step {checkpoint['step']} already: give --steps that many or more.")
         policy.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
-        raise UserError(f"{s.out}/ckpt.pt does not fit {s.init} ({' '.join(str(e).split())[:80]}).") from None
+        assert checkpoint["rollout"] is None or 0 <= checkpoint["rollout"].min() <= checkpoint["rollout"].max() < len(
+            policy.tok_embeddings.weight)
+        assert all(terms.shape == (6,) and seconds > 0 for terms, seconds in checkpoint["window"])
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as e:
+        raise UserError(f"{path} is not what a run of {s.init} wrote ({' '.join(str(e).split())[:80]}).") from None
     return [checkpoint["step"], cut_log(s, checkpoint["step"]),
             *(checkpoint[name] for name in ("rollout", "window", "skipped"))]

@@ -7,11 +7,8 @@ are the paper's. The losses need nothing but torch: copy the one you want.
 
     python spo.py --algo spo --alpha 0.01
 """
-import datetime
 import hashlib
 import math
-import os
-import sys
 import textwrap
 import time
 
@@ -22,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from evaluate import judge_of, load_tokenizer, load_tokens, story_reward
 from model import BOS, UserError, cli, full_precision, generate, load, save
-from run import folder, peak, record, settings, sha256, show, take_up
+from run import folder, peak, ranks, record, settings, sha256, show, take_up
 
 # ---------------------------------------------------------------------------------------------------
 # log pi(y): the sum over a story's tokens, the closing BOS among them, so that pi is a distribution
@@ -215,7 +212,7 @@ def micro_batches(data, rows, s):
     y = torch.from_numpy(data[rows.numpy()].astype("int64"))                                # (B, n, T)
     longest = story_mask(y.flatten(0, 1)).sum(1).view(y.shape[:2]).amax(1)
     order = longest.argsort(descending=True, stable=True)[s.rank::s.world]
-    for part in order.split(s.micro):
+    for part in order.split(s.micro) if len(order) else ():
         yield rows[part], trim(y[part].flatten(0, 1).to(s.device))
 
 
@@ -305,12 +302,13 @@ def take_in(s):
     data = load_tokens(f"{s.data}/{file}.npy", ref.args, n, s.batch)
     if s.max_new > (longest := ref.args.max_seq_len):
         raise UserError(f"--max_new is {s.max_new}, but the model reads {longest} tokens at most.")
-    s.inputs = sha256(s.init)[:8] + sha256(f"{s.data}/{file}.npy")[:8]
-    if s.algo == "sft":
-        return ref, policy, data, load_tokens(f"{s.data}/heldout.npy", ref.args, (1,), 1), None
-    if s.algo == "reward":
-        return ref, policy.scalar_head(), data, load_tokens(f"{s.data}/heldout_pairs.npy", ref.args, (2,), 1), None
-    others = load_tokens(f"{s.data}/ref.npy", ref.args, (1,), s.batch)
+    judged = s.algo not in ("sft", "reward")
+    other = dict(sft="heldout", reward="heldout_pairs").get(s.algo, "ref")
+    others = load_tokens(f"{s.data}/{other}.npy", ref.args, (2,) if s.algo == "reward" else (1,), s.batch if judged else 1)
+    files = [s.init, s.tokenizer, f"{s.data}/{file}.npy", f"{s.data}/{other}.npy"]
+    s.inputs = "".join(sha256(path)[:4] for path in files + [f"{s.data}/reward.pt"] * (judged and s.judge == "reward"))
+    if not judged:
+        return ref, policy.scalar_head() if s.algo == "reward" else policy, data, others, None
     y_ref = trim(torch.from_numpy(others[:2000, 0].astype("int64")).to(s.device))           # (M, T)
     return ref, policy, data, others, judge_of(s, tokenizer, y_ref, story_mask(y_ref))
 
@@ -340,7 +338,8 @@ def read_by(ref, y, s):
     """This rank's share of the rollouts y (R, T), a few at a time, and what the KL needs of the reference."""
     for part in y[s.rank::s.world].split(2 * s.micro):
         with autocast(s), torch.no_grad():
-            yield part, (seq_logp(ref, part, story_mask(part)) if s.kl == "sequence" else ref.states(part[:, :-1]))
+            known = seq_logp(ref, part, story_mask(part)) if s.kl == "sequence" else ref.states(part[:, :-1])
+        yield part, known
 
 
 def regulariser(policy, ref, rollout, others, s, step):
@@ -374,9 +373,11 @@ def minimise(s, signals, ref, policy, data, others, judge):
     first, began, rollout, stop = step, time.perf_counter(), [], False
     print("  step     loss     pref     kl  margin   acc       lr     ms  tok/s   left")
     while True:
+        if stop and step < s.steps:
+            break
         if evaluated != step and (step % s.eval_every == 0 or step == s.steps):
             evaluate(policy, ref, judge, others, s, step)
-        if step == s.steps or stop:
+        if step == s.steps:
             break
         started = time.perf_counter()
         for group in optimizer.param_groups:
@@ -407,8 +408,8 @@ def minimise(s, signals, ref, policy, data, others, judge):
             skipped.append(step)
             print(f"step {step} is skipped: its loss, {loss:.3g}, or its gradient is not finite")
             if skipped[-5:] == list(range(step - 4, step + 1)):
-                raise UserError(f"the loss or gradient was not finite in steps {step - 4} to {step}: go on from "
-                                f"{s.out}/ckpt.pt or best.pt, if they are there, with a lower --lr or another --seed.")
+                raise UserError(f"the loss or gradient was not finite in steps {step - 4} to {step}: begin anew with a "
+                                f"lower --lr; the last good model is {s.out}/ckpt.pt, if that is there.")
         step += 1
 
         # 5. log the mean of the steps since the last line; save
@@ -433,13 +434,8 @@ def minimise(s, signals, ref, policy, data, others, judge):
 
 def main():
     s = get_args()
-    if s.world > 1:
-        if s.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if s.device == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
-        if s.rank:
-            sys.stdout = open(os.devnull, "w")
-    step = train(s)
+    with ranks(s):
+        step = train(s)
     if step < s.steps:
         print(f"stopped, and saved at step {step}: the same command with RESUME=1 (--resume) goes on")
         raise KeyboardInterrupt
