@@ -131,6 +131,14 @@ def patiently(url: str, attempt, hint: dict):
         wait *= 2
 
 
+def body_of(response, most: int) -> bytes:
+    """What the server sends, whole, and no more than so many bytes of it."""
+    body = response.read(most)
+    if response.length:  # unlike read(), read(most) is silent about a cut
+        raise OSError(f"{len(body)} bytes, {response.length} missing")
+    return body
+
+
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_):  # it would take the key to another host
         return None
@@ -152,7 +160,7 @@ def ask(question: str) -> str:
         if key:
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         with opener.open(request, timeout=TIMEOUT) as response:
-            return response.read(1 << 24)
+            return body_of(response, 1 << 24)
 
     reply = patiently(url, attempt, {
         400: f"is there a model {model}, and does it take temperature 0? set JUDGE_MODEL",

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 
 import spo
 import toyworld
-from evaluate import (JUDGES, TASTES, TIMEOUT, expert, judge_pairs, load_tokenizer, load_tokens, patiently,
-                      preferred)
+from evaluate import (JUDGES, TASTES, TIMEOUT, body_of, expert, judge_pairs, load_tokenizer, load_tokens,
+                      patiently, preferred)
 from model import BOS, ModelArgs, Transformer, UserError, cli, load, save, writing
 from run import Parser, sha256, write_whole
 
@@ -382,7 +382,7 @@ def released(a) -> None:
         def attempt():
             with urllib.request.urlopen(urllib.request.Request(f"{host}/api/repo/{path}",
                                                                headers={"User-Agent": "spo"}), timeout=TIMEOUT) as f:
-                return f.read(most)
+                return body_of(f, most)
         return patiently(f"{host}/api/repo/{path}", attempt, {None: "the release is not to be had there"})
 
     def files(name, under=""):

@@ -882,7 +882,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_five_in_a_row_stop(world, tmp_
     assert [r["skipped"] for r in log if "loss" in r] == [0, 1, 1, 1, 2, 3, 3, 3, 3, 3]
     assert "step 4 is skipped" in capsys.readouterr().out and weights(tmp_path / "a/ckpt.pt").isfinite().all()
     bad = set(range(6, 11))
-    with pytest.raises(model.UserError, match="in steps 6 to 10: go on from .*ckpt.pt"):
+    with pytest.raises(model.UserError, match="in steps 6 to 10: begin anew .*ckpt.pt"):
         run(world, tmp_path / "b", "--steps", "20")
     assert torch.load(tmp_path / "b/ckpt.pt")["step"] == 10 and weights(tmp_path / "b/ckpt.pt").isfinite().all()
 
