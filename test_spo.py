@@ -545,9 +545,13 @@ def test_a_diverged_model_is_a_sentence():
 
 def test_closed_stories_leave_the_batch_and_nothing_else_changes(monkeypatch):
     m, n, rows = tiny(6, 3).double(), 40, []
+    with torch.no_grad():  # stories end early, and what came before matters, or another row's cache would do
+        m.tok_embeddings.weight.div_(10)
+        for layer in m.layers:
+            layer.attention.wo.weight.mul_(10)
     monkeypatch.setattr(m, "states", lambda tokens, cache: rows.append(len(tokens)) or Transformer.states(m, tokens, cache))
     y = generate(m, torch.full((n, 1), BOS), 20, generator=torch.Generator().manual_seed(0))
-    assert rows[0] == n and rows[-1] <= n / 2 and rows == sorted(rows, reverse=True)
+    assert rows[0] == n and rows[-1] <= n / 4 and rows == sorted(rows, reverse=True)
     monkeypatch.undo()
     u, slow = torch.rand(n, 20, generator=torch.Generator().manual_seed(0)), torch.full((n, 1), BOS)
     for t in range(20):  # without a cache, and every row to the end
