@@ -1880,6 +1880,8 @@ def test_gradients_are_compared_without_their_noise():
     assert bias == pytest.approx(2 ** 0.5, rel=0.05) and cosine == pytest.approx(2 / 5 ** 0.5, rel=0.05)
     assert own == pytest.approx(0.5 * 50 ** 0.5, rel=0.05) and other == pytest.approx(50 ** 0.5, rel=0.05)
     assert report.compare_gradients(true + noise[0], true + noise[1])[0] < 0.2
+    few = [true + part[:400] for part in noise]  # the means alone would differ by sqrt(1.25 * 50 / 400)
+    assert report.compare_gradients(*few)[0] < 0.25 < 0.35 < (few[0].mean(0) - few[1].mean(0)).norm()
 
 
 # ---------------------------------------------------------------------------------------------------
