@@ -206,7 +206,8 @@ def estimators(checkpoint: str, batches: int = 400) -> str:
     for i in range(batches):
         y = spo.sample(policy, s.R, s, (ESTIMATE, i))
         logp, ref_logp = (spo.seq_logp(model, y, spo.story_mask(y)) for model in (policy, ref))
-        for name, kl in (("token", spo.rollout_kl(policy, ref, y, ref.states(y[:, :-1]).detach())),
+        for name, kl in (("token", spo.rollout_kl(policy, ref, y, policy.states(y[:, :-1]),
+                                                    ref.states(y[:, :-1]).detach())),
                          ("sequence", spo.sequence_kl(logp, ref_logp))):
             parts = torch.autograd.grad(kl.mean(), policy.parameters(), retain_graph=True)
             gradients[name].append(torch.cat([part.flatten() for part in parts]))

@@ -151,11 +151,11 @@ def token_kl(logits, ref_logits, mask):
     return ((logp.exp() * (logp - ref)).sum(-1) * mask).sum(1)
 
 
-def rollout_kl(policy, ref, y, ref_states):
-    """Appendix D's KL of the stories y (R, T) -> (R,), from the states (R, T-1, dim) that ref has of them."""
+def rollout_kl(policy, ref, y, states, ref_states):
+    """Appendix D's KL of the stories y (R, T) -> (R,), from the states (R, T-1, dim) that both have of them."""
     def f(x, r):
         return token_kl(policy.output(x)[:, None], ref.output(r)[:, None], torch.ones_like(x[:, :1]))
-    return story_sum(f, story_mask(y)[:, 1:].bool(), policy.states(y[:, :-1]), ref_states)
+    return story_sum(f, story_mask(y)[:, 1:].bool(), states, ref_states)
 
 
 def sequence_kl(logp, ref_logp):
@@ -267,9 +267,10 @@ def measure(policy, ref, judge, s, n, key) -> dict:
     mask, kl, entropy = story_mask(y), [], []
     for part, m in zip(y.split(64), mask.split(64)):
         with autocast(s):
-            kl.append(rollout_kl(policy, ref, part, ref.states(part[:, :-1])))
+            states = policy.states(part[:, :-1])
+            kl.append(rollout_kl(policy, ref, part, states, ref.states(part[:, :-1])))
             entropy.append(story_sum(lambda x: torch.distributions.Categorical(logits=full_precision(policy.output(x)))
-                                     .entropy(), m[:, 1:].bool(), policy.states(part[:, :-1])))
+                                     .entropy(), m[:, 1:].bool(), states))
     length = mask.sum(1, keepdim=True)
     closed = y.gather(1, length) == BOS
     return dict(n=n) | judge(y, mask) | dict(
@@ -347,7 +348,7 @@ def regulariser(policy, ref, rollout, others, s, step):
     for y, of_ref in rollout:
         with autocast(s):
             kl = (sequence_kl(seq_logp(policy, y, story_mask(y)), of_ref) if s.kl == "sequence" else
-                  rollout_kl(policy, ref, y, of_ref)).sum() / s.R
+                  rollout_kl(policy, ref, y, policy.states(y[:, :-1]), of_ref)).sum() / s.R
         yield kl
     if s.algo == "slic":
         for _, y in micro_batches(others, batch_rows(len(others), s, SLIC, step), s):

@@ -435,7 +435,7 @@ def test_logits_in_chunks_are_the_plain_ones(monkeypatch):
     def both():
         seen.clear()
         logp = spo.seq_logp(policy, y, mask)
-        kl = spo.rollout_kl(policy, ref, y, ref.states(y[:, :-1]).detach())
+        kl = spo.rollout_kl(policy, ref, y, policy.states(y[:, :-1]), ref.states(y[:, :-1]).detach())
         weights = torch.linspace(1, 2, 6)
         gradient = torch.autograd.grad(((logp + kl) * weights).sum(), policy.parameters())
         return logp, kl, torch.cat([g.flatten() for g in gradient])
