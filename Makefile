@@ -3,7 +3,8 @@
 # Any setting of spo.py can be given, in capitals; what is not given is not passed on:
 #     make train ALGO=spo ALPHA=0.01
 #     make train ALGO=dpo BETA=0.1 SEED=1 STEPS=1500
-# RESUME=1 goes on from the run's last checkpoint, RANKS=2 shares the work among two processes or GPUs.
+# RESUME=1 goes on from the run's last checkpoint, RANKS=2 shares the work among two processes or GPUs,
+# COMPILE=1 compiles the sampling.
 # PY=python3 uses the interpreter at hand, not .venv.
 
 PY = .venv/bin/python
@@ -11,9 +12,9 @@ READY = $(if $(filter .venv/%,$(PY)),.venv/ready)
 SETTINGS = ALGO ALPHA BETA GAMMA DELTA R K MODEL DATA INIT TOKENIZER OUT SEED STEPS BATCH LR WARMUP \
            MICRO MAX_NEW EVAL_EVERY EVAL_STORIES LOG_EVERY DEVICE DTYPE KL JUDGE
 # what the environment calls by one of these names is not meant for us
-$(foreach s,$(SETTINGS) PAIRS MORE N CHECKPOINT RESUME RANKS THREADS,$(eval $s =))
+$(foreach s,$(SETTINGS) PAIRS MORE N CHECKPOINT RESUME RANKS THREADS COMPILE,$(eval $s =))
 flag = --$(if $(filter R,$1),R,$(shell echo $1 | tr A-Z a-z))
-given = $(foreach s,$(SETTINGS),$(if $($s),$(call flag,$s) $($s))) $(if $(RESUME),--resume)
+given = $(foreach s,$(SETTINGS),$(if $($s),$(call flag,$s) $($s))) $(if $(RESUME),--resume) $(if $(COMPILE),--compile)
 
 # print this
 help:

@@ -18,13 +18,13 @@ from model import BOS, ModelArgs, Transformer, cli, generate
 from prepare_data import WRITER
 from run import Parser
 
-# model: its shape; pairs a step, tokens a story, pairs at a time
+# model: its shape; pairs a step, tokens a story, stories at a time
 SHAPES = {
-    "toy": (WRITER, 16, 90, 16),
+    "toy": (WRITER, 16, 90, 32),
     "stories260K": (dict(dim=64, n_layers=5, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=4,
-                         max_seq_len=512), 32, 128, 8),
-    "stories15M": (dict(dim=288, n_layers=6, n_heads=6, multiple_of=32, max_seq_len=256), 8, 256, 1),
-    "stories110M": (dict(dim=768, n_layers=12, n_heads=12, multiple_of=32, max_seq_len=1024), 8, 256, 1),
+                         max_seq_len=512), 32, 128, 16),
+    "stories15M": (dict(dim=288, n_layers=6, n_heads=6, multiple_of=32, max_seq_len=256), 8, 256, 2),
+    "stories110M": (dict(dim=768, n_layers=12, n_heads=12, multiple_of=32, max_seq_len=1024), 8, 256, 2),
 }
 
 
@@ -81,7 +81,7 @@ def bench(a) -> None:
     torch.manual_seed(0)
     policy = Transformer(ModelArgs(**shape)).to(a.device)
     args, params = policy.args, sum(p.numel() for p in policy.parameters())
-    print(f"{a.model}: {params:,} parameters, {pairs} pairs of {length} tokens, {micro} at a time; R = {s.R}, k = {s.k}")
+    print(f"{a.model}: {params:,} parameters, {pairs} pairs of {length} tokens, {micro} stories at a time; R = {s.R}, k = {s.k}")
     print(f"{'':36} {'seconds':>22} {'tokens/s':>9} {'of peak':>8} {'peak so far':>12}")
 
     def show(name, times, tokens, context=length, share=1.0):
@@ -120,7 +120,7 @@ def bench(a) -> None:
 
     def roll_out():
         with spo.autocast(s):
-            generate(Endless(policy), bos, length - 1)
+            generate(Endless(policy), bos, length - 1, compiled=a.compile)
         return list(spo.read_by(ref, y, s))
 
     fresh = show("SPO's R rollouts, read by ref", measure(roll_out, a), s.R * (length - 1), share=2 / 3)
@@ -142,7 +142,7 @@ def bench(a) -> None:
         for n in a.batches:
             bos = torch.ones(n, 1, dtype=torch.long, device=a.device)
             for new in sorted({length // 4, length // 2, length - 1}):
-                show(f"sampling, batch {n}, {new} tokens", measure(lambda: generate(Endless(policy), bos, new), a),
+                show(f"sampling, batch {n}, {new} tokens", measure(lambda: generate(Endless(policy), bos, new, compiled=a.compile), a),
                      n * new, new // 2, 1 / 3)
         show(f"without cache, 32, after {length // 2} tokens", measure(
             lambda: policy.output(policy.states(half)[:, -1]), a), 32, 0, 1 / 3)
@@ -157,12 +157,13 @@ def main(argv=None) -> None:
     p.add_argument("--model", choices=SHAPES, default="toy")
     p.add_argument("--pairs", type=int, help="a step")
     p.add_argument("--length", type=int, help="of a story, in tokens")
-    p.add_argument("--micro", type=int, help="pairs at a time")
+    p.add_argument("--micro", type=int, help="stories at a time")
     p.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256], help="of the sampling")
     p.add_argument("--reps", type=int, default=3, help="how often each thing is measured, after a warm-up")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--device", choices=devices, default=devices[0])
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
+    p.add_argument("--compile", action="store_true", help="the sampling")
     a = p.parse_args(argv)
     for name, low, high in (("pairs", 1, 4096), ("length", 2, 256), ("micro", 1, 4096), ("reps", 1, 99), ("threads", 1, 999)):
         if not low <= (getattr(a, name) or (0 if name in ("reps", "threads") else low)) <= high:

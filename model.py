@@ -57,7 +57,10 @@ class ModelArgs:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far: one buffer a layer, written in place."""
+    """
+    Keys and values of the positions seen so far: one buffer a layer, written in place. Where length is a
+    tensor (1,), every step of one token has the same shapes: it reads whole buffers, the rest masked.
+    """
     def __init__(self, max_len: int):
         self.max_len = max_len
         self.length = 0             # positions filled; the model moves it on once a forward
@@ -67,7 +70,9 @@ class KVCache:
         """Appends k, v (B, n_kv_heads, T, head_dim), without gradient; returns all of them so far."""
         B, H, T, head_dim = k.shape
         if layer not in self.buffers:
-            self.buffers[layer] = [x.new_empty(B, H, self.max_len, head_dim) for x in (k, v)]
+            self.buffers[layer] = [x.new_zeros(B, H, self.max_len, head_dim) for x in (k, v)]
+        if torch.is_tensor(self.length):
+            return [buffer.index_copy_(2, self.length, x) for buffer, x in zip(self.buffers[layer], (k, v))]
         end = self.length + T
         assert end <= self.max_len, f"{end} positions in a cache of {self.max_len}"
         keys, values = self.buffers[layer]
@@ -113,6 +118,10 @@ class Attention(nn.Module):
         q, k, v = (z.transpose(1, 2) for z in (rotate(q, turns), rotate(k, turns), v))  # (B, H, T, hd)
         if cache is not None:
             k, v = cache.update(layer, k, v)                                            # (B, H, S, hd)
+        if T == 1 and mask is not None:  # a compiled step, which fuses what is between plain products
+            q = q.reshape(B, k.shape[1], -1, self.head_dim)                             # (B, n_kv_heads, .., hd)
+            weights = (q @ k.mT * self.head_dim ** -0.5).masked_fill(~mask, -math.inf).softmax(-1)
+            return self.wo((weights.type_as(v) @ v).view(B, T, -1))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                            enable_gqa=q.shape[1] != k.shape[1])
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
@@ -176,13 +185,18 @@ class Transformer(nn.Module):
     def states(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """What the output layer reads, (B, T, dim)."""
         start, T = cache.length if cache else 0, tokens.shape[1]
-        end, longest = start + T, self.args.max_seq_len
-        assert end <= longest, f"{end} tokens, but max_seq_len is {longest}"
-        # is_causal aligns its mask top-left, which is wrong for several new tokens behind a filled cache
-        mask = tokens.new_ones(T, end, dtype=torch.bool).tril(start) if start and T > 1 else None
+        if torch.is_tensor(start):
+            turns, mask = self.turns[start], torch.arange(cache.max_len, device=start.device)[None] <= start
+        else:
+            end, longest = start + T, self.args.max_seq_len
+            assert end <= longest, f"{end} tokens, but max_seq_len is {longest}"
+            # is_causal aligns its mask top-left, which is wrong for several new tokens behind a filled cache
+            turns, mask = self.turns[start:end], None
+            if start and T > 1:
+                mask = tokens.new_ones(T, end, dtype=torch.bool).tril(start)
         x = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, self.turns[start:end], mask, i, cache)
+            x = layer(x, turns, mask, i, cache)
         if cache:
             cache.length += T
         return self.norm(x)
@@ -192,14 +206,14 @@ class Transformer(nn.Module):
 # Sampling
 
 @torch.no_grad()
-def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-             top_k: int | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
+def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+             generator: torch.Generator | None = None, compiled: bool = False) -> torch.Tensor:
     """
     Continues prompt (B, P) to tokens (B, P + max_new_tokens); a row that has closed its story with BOS
     holds BOS from there on. Temperature 0 is greedy. Closed stories leave the batch, a quarter at a time.
 
-    One uniform number a token, drawn beforehand, turned into a token by the inverse of the cumulative
-    distribution: so a row's draws do not depend on what the other rows wrote or when they ended.
+    One uniform number a token, drawn beforehand: so a row's draws do not depend on what the other rows wrote
+    or when they ended. compiled: see `compiled_steps`.
     """
     B, P = prompt.shape
     device = generator.device if generator is not None else prompt.device
@@ -207,25 +221,17 @@ def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: floa
     tokens = torch.cat((prompt, prompt.new_full((B, max_new_tokens), BOS)), 1)
     rows = torch.arange(B, device=prompt.device)  # those in the cache, some of them closed already
     closed = torch.zeros(B, dtype=torch.bool, device=prompt.device)
-    cache = KVCache(P + max_new_tokens)
+    cache = KVCache(P + max_new_tokens - 1)       # the last token is not read again
     new = prompt
     for t in range(max_new_tokens):
-        logits = full_precision(model(new, cache)[:, -1])             # (rows, V)
-        if temperature == 0:
-            pick = logits.argmax(-1)
-        else:
-            logits = logits / temperature
-            if top_k is not None:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -math.inf)
-            cumulative = logits.softmax(-1).cumsum(-1)
-            if not cumulative[:, -1].isfinite().all():
-                raise UserError("the model has diverged, its probabilities are not finite: train with a lower --lr.")
-            # times the last entry, which rounding leaves near 1: then every u has its token
-            pick = torch.searchsorted(cumulative, u[rows, t:t + 1] * cumulative[:, -1:], right=True)[:, 0]
+        pick, finite = draw(model(new, cache)[:, -1], u[rows, t:t + 1], temperature, top_k)
+        check(finite)
         pick = torch.where(closed, BOS, pick)
         tokens[rows, P + t] = pick
         closed |= pick == BOS
+        if compiled:
+            compiled_steps(model, cache, tokens, closed, u, temperature, top_k)
+            break
         if 4 * closed.sum() >= len(rows):  # seldom, for it copies the cache
             cache.keep(~closed)
             rows, pick, closed = rows[~closed], pick[~closed], closed[~closed]
@@ -233,6 +239,59 @@ def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: floa
                 break
         new = pick[:, None]
     return tokens
+
+
+def draw(logits, u, temperature, top_k):
+    """
+    A token a row -> (B,), from logits (B, V), by the inverse of the cumulative distribution at u (B, 1); and
+    whether that distribution is finite.
+    """
+    logits = full_precision(logits)
+    if temperature == 0:
+        return logits.argmax(-1), ~logits.isnan().any()
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    # times the last entry, which rounding leaves near 1: then every u has its token
+    pick = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
+    return pick, cumulative[:, -1].isfinite().all()
+
+
+def check(finite):
+    if not finite:
+        raise UserError("the model has diverged, its probabilities are not finite: train with a lower --lr.")
+
+
+def compiled_steps(model, cache, tokens, closed, u, temperature, top_k):
+    """
+    The rest of what generate has begun, every step the same kernels on the same memory: fused by torch.compile,
+    on GPUs recorded once and launched together. Closed stories stay; a row's draws are those of generate.
+    """
+    P = cache.length
+    cache.length = torch.full((1,), P, device=tokens.device)
+    finite = torch.ones((), dtype=torch.bool, device=tokens.device)
+
+    def step():
+        new, u_t = tokens.index_select(1, cache.length), u.index_select(1, cache.length + 1 - P)
+        pick, fine = draw(model(new, cache)[:, -1], u_t, temperature, top_k)
+        pick = torch.where(closed | ~fine, BOS, pick)
+        tokens.index_copy_(1, cache.length, pick[:, None])  # the model has moved on by one
+        closed.logical_or_(pick == BOS)
+        finite.logical_and_(fine)
+
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")  # RoPE: one call
+    step = torch.compile(step, dynamic=False)
+    for t in range(1, u.shape[1]):
+        if t == 3 and tokens.is_cuda:
+            with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+                step()
+            step = graph.replay
+        step()
+        if t % 16 == 0 and closed.all():  # seldom, for it waits for the GPU
+            break
+    check(finite)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from run import Parser, sha256, write_whole
 # The toy world's writer: 189,632 parameters, and a pre-training that takes it to the grammar's entropy.
 VOCAB = 640
 WRITER = dict(dim=64, n_layers=3, n_heads=4, multiple_of=4, max_seq_len=128, vocab_size=VOCAB)
-SFT = "--batch 32 --lr 5e-3 --log_every 100 --eval_every 250"
+SFT = "--batch 32 --micro 16 --lr 5e-3 --log_every 100 --eval_every 250"
 PAIRS, RANKED, REF, HELDOUT, MADE = range(100, 105)  # what stories are sampled for: keys of spo.rng
 
 

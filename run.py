@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -29,10 +30,10 @@ class Parser(argparse.ArgumentParser):
 # ---------------------------------------------------------------------------------------------------
 # Settings: one line a flag; the defaults live in spo.LOSSES (per algorithm) and here (per model).
 
-TOY = dict(judge="expert", batch=16, micro=16, steps=500, warmup=50, lr=2e-4, max_new=100, eval_every=50,
+TOY = dict(judge="expert", batch=16, micro=64, steps=500, warmup=50, lr=2e-4, max_new=100, eval_every=50,
            eval_stories=256)
 # E.2's, but for lr, which the paper does not give: ours, and not measured yet
-PAPER = dict(judge="reward", batch=128, micro=16, steps=40000, warmup=5000, lr=1e-5, max_new=255, eval_every=1000,
+PAPER = dict(judge="reward", batch=128, micro=32, steps=40000, warmup=5000, lr=1e-5, max_new=255, eval_every=1000,
              eval_stories=1000, R=32)
 MODELS = ({"toy": TOY, "toy-naive": TOY | dict(judge="naive")}
           | dict.fromkeys(("stories260K", "stories15M", "stories42M", "stories110M"), PAPER))
@@ -59,7 +60,7 @@ def settings(losses: dict, argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="of batches, rollouts and evaluations")
     p.add_argument("--steps", type=int, help="how many")
     p.add_argument("--batch", type=int, help="rows of the preference data a step")
-    p.add_argument("--micro", type=int, help="rows at a time, of the batch that make one gradient: less, less memory")
+    p.add_argument("--micro", type=int, help="stories at a time, of those that make one gradient: less, less memory")
     p.add_argument("--lr", type=float, help="AdamW's learning rate after warm-up")
     p.add_argument("--warmup", type=int, help="steps of linear warm-up")
     p.add_argument("--max_new", type=int, help="longest story, in tokens; a longer one is cut")
@@ -69,6 +70,7 @@ def settings(losses: dict, argv: list[str] | None) -> argparse.Namespace:
     devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     p.add_argument("--device", choices=devices, default=devices[0])
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
+    p.add_argument("--compile", action="store_true", default=False, help="sampling: fused, on GPUs one graph a token")
     p.add_argument("--resume", action="store_true", default=False, help="go on from <out>/ckpt.pt")
     s = p.parse_args(argv)
 
@@ -87,8 +89,10 @@ def settings(losses: dict, argv: list[str] | None) -> argparse.Namespace:
             p.error(f"--{name} is {getattr(s, name)}: it must be a number from {low} on")
     if s.world > min(s.batch, getattr(s, "R", s.batch)):
         p.error(f"{s.world} processes are more than --batch or --R")
-    if getattr(s, "kl", "") == "sequence" and s.R > (2 * s.micro if s.world == 1 else 0):
-        p.error("--kl sequence takes its R stories, each the others' baseline, in one piece: R at most 2 --micro, one process")
+    if getattr(s, "kl", "") == "sequence" and s.R > (s.micro if s.world == 1 else 0):
+        p.error("--kl sequence takes its R stories, each the others' baseline, in one piece: R at most --micro, one process")
+    if s.compile and not shutil.which(cxx := os.environ.get("CXX", "g++")):
+        p.error(f"--compile needs a C++ compiler, and there is no {cxx}: install it, or leave --compile out")
     if s.algo == "ipo" and s.beta == 0:
         p.error("--beta is 0: ipo's target margin is 1/(2 beta), so it must be above 0")
 
@@ -226,7 +230,7 @@ def take_up(s, policy, optimizer):
     checkpoint = read_checkpoint(path, s.device)
     if not {"optimizer", "rollout"} | kinds.keys() <= checkpoint.keys():
         raise UserError(f"{path} is a model without its run: name it with --init instead.")
-    free = {"resume", "out", "device", "micro", "rank", "world"}
+    free = {"resume", "out", "device", "micro", "compile", "rank", "world"}
     free |= {"steps"} if s.algo != "sft" else set()  # a cosine knows its end
     try:
         assert all(type(checkpoint[name]) is kind for name, kind in kinds.items())

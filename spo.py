@@ -186,7 +186,7 @@ def sample(model, n, s, key):
     torch.rand(s.rank * each, s.max_new, generator=g)  # what the ranks before this one draw
     bos = torch.full((each, 1), BOS, device=s.device)
     with autocast(s):
-        y = torch.cat([generate(model, part, s.max_new, generator=g) for part in bos.split(256)])
+        y = torch.cat([generate(model, part, s.max_new, generator=g, compiled=s.compile) for part in bos.split(256)])
     if s.world > 1:
         dist.all_gather(every := [torch.empty_like(y) for _ in range(s.world)], y)
         y = torch.cat(every)[:n]
@@ -206,13 +206,13 @@ def batch_rows(n, s, purpose, step):
 
 def micro_batches(data, rows, s):
     """
-    This rank's share of some rows of a token file (N, n, T), longest first to save padding, s.micro at a time:
-    rows (b,) and tokens (b * n, T'), a row's n responses next to each other.
+    This rank's share of some rows of a token file (N, n, T), longest first to save padding, s.micro stories at
+    a time: rows (b,) and tokens (b * n, T'), a row's n responses next to each other.
     """
     y = torch.from_numpy(data[rows.numpy()].astype("int64"))                                # (B, n, T)
     longest = story_mask(y.flatten(0, 1)).sum(1).view(y.shape[:2]).amax(1)
     order = longest.argsort(descending=True, stable=True)[s.rank::s.world]
-    for part in order.split(s.micro) if len(order) else ():
+    for part in order.split(max(1, s.micro // y.shape[1])) if len(order) else ():
         yield rows[part], trim(y[part].flatten(0, 1).to(s.device))
 
 
@@ -337,7 +337,7 @@ def preference(policy, data, ref_logp, s, step):
 
 def read_by(ref, y, s):
     """This rank's share of the rollouts y (R, T), a few at a time, and what the KL needs of the reference."""
-    for part in y[s.rank::s.world].split(2 * s.micro):
+    for part in y[s.rank::s.world].split(s.micro):
         with autocast(s), torch.no_grad():
             known = seq_logp(ref, part, story_mask(part)) if s.kl == "sequence" else ref.states(part[:, :-1])
         yield part, known
