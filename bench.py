@@ -48,8 +48,8 @@ def peaks(a) -> float:
     flops = 2 * n ** 3 / min(measure(lambda: x @ y, a))
     block, copy = (torch.zeros(1 << 28 if a.device == "cuda" else 1 << 24, device=a.device) for _ in range(2))
     copied = 2 * 4 * len(block) / min(measure(lambda: copy.copy_(block), a))
-    print(f"{a.device}, {torch.get_num_threads()} threads, torch {torch.__version__}: {flops / 1e9:.0f} GFLOP/s in "
-          f"{a.dtype} matrix products, copies at {copied / 1e9:.0f} GB/s")
+    print(f"{a.device}, {torch.get_num_threads()} threads, torch {torch.__version__}: {flops / 1e9:.0f} "
+          f"GFLOP/s in {a.dtype} matrix products, copies at {copied / 1e9:.0f} GB/s")
     return flops
 
 
@@ -81,7 +81,8 @@ def bench(a) -> None:
     torch.manual_seed(0)
     policy = Transformer(ModelArgs(**shape)).to(a.device)
     args, params = policy.args, sum(p.numel() for p in policy.parameters())
-    print(f"{a.model}: {params:,} parameters, {pairs} pairs of {length} tokens, {micro} stories at a time; R = {s.R}, k = {s.k}")
+    print(f"{a.model}: {params:,} parameters, {pairs} pairs of {length} tokens, {micro} stories at a time; "
+          f"R = {s.R}, k = {s.k}")
     print(f"{'':36} {'seconds':>22} {'tokens/s':>9} {'of peak':>8} {'peak so far':>12}")
 
     def show(name, times, tokens, context=length, share=1.0):
@@ -129,10 +130,14 @@ def bench(a) -> None:
         """One forward for y_w, one for y_l, the reference's each step, logits of every position, one batch."""
         optimizer.zero_grad()
         y = torch.from_numpy(data.astype(int)).to(a.device)
+
+        def logp(model, part):
+            logits = model(part[:, :-1]).flatten(0, 1).float()
+            nll = torch.nn.functional.cross_entropy(logits, part[:, 1:].flatten(), reduction="none")
+            return -nll.view(pairs, -1).sum(1)
+
         with spo.autocast(s):
-            w, l, ref_w, ref_l = (-torch.nn.functional.cross_entropy(
-                model(part[:, :-1]).flatten(0, 1).float(), part[:, 1:].flatten(), reduction="none").view(pairs, -1).sum(1)
-                for model in (policy, ref) for part in y.unbind(1))
+            w, l, ref_w, ref_l = (logp(model, part) for model in (policy, ref) for part in y.unbind(1))
         spo.dpo_loss(w, l, ref_w, ref_l, 0.1).mean().backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
@@ -142,8 +147,8 @@ def bench(a) -> None:
         for n in a.batches:
             bos = torch.ones(n, 1, dtype=torch.long, device=a.device)
             for new in sorted({length // 4, length // 2, length - 1}):
-                show(f"sampling, batch {n}, {new} tokens", measure(lambda: generate(Endless(policy), bos, new, compiled=a.compile), a),
-                     n * new, new // 2, 1 / 3)
+                times = measure(lambda: generate(Endless(policy), bos, new, compiled=a.compile), a)
+                show(f"sampling, batch {n}, {new} tokens", times, n * new, new // 2, 1 / 3)
         show(f"without cache, 32, after {length // 2} tokens", measure(
             lambda: policy.output(policy.states(half)[:, -1]), a), 32, 0, 1 / 3)
     plainly = show("plain DPO step", measure(plain, a), read)
@@ -165,7 +170,8 @@ def main(argv=None) -> None:
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
     p.add_argument("--compile", action="store_true", help="the sampling")
     a = p.parse_args(argv)
-    for name, low, high in (("pairs", 1, 4096), ("length", 2, 256), ("micro", 1, 4096), ("reps", 1, 99), ("threads", 1, 999)):
+    bounds = dict(pairs=(1, 4096), length=(2, 256), micro=(1, 4096), reps=(1, 99), threads=(1, 999))
+    for name, (low, high) in bounds.items():
         if not low <= (getattr(a, name) or (0 if name in ("reps", "threads") else low)) <= high:
             p.error(f"--{name} is {getattr(a, name)}: it must be from {low} to {high}")
     torch.set_num_threads(a.threads)

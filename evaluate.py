@@ -54,17 +54,19 @@ def load_tokens(path: str, args: ModelArgs, responses: Iterable[int], rows: int)
     except FileNotFoundError:
         raise UserError(f"{path} is not there: `make data` makes the toy world's.") from None
     except Exception as e:  # a damaged header fails in any way
-        raise UserError(f"{path} is not a token file ({' '.join(str(e).split())[:80]}): make it with `make data`.") from None
+        reason = " ".join(str(e).split())[:80]
+        raise UserError(f"{path} is not a token file ({reason}): make it with `make data`.") from None
     if not isinstance(data, np.ndarray) or data.dtype != np.uint16 or data.ndim != 3:
         raise UserError(f"{path} is not a token file: make it with `make data`.")
     if data.size == 0:
         raise UserError(f"{path} holds no rows: make it from more preferences.")
-    if data.max() >= args.vocab_size or (data[..., 0] != BOS).any() or not 2 <= data.shape[2] <= args.max_seq_len + 1:
+    fits = 2 <= data.shape[2] <= args.max_seq_len + 1
+    if not fits or data.max() >= args.vocab_size or (data[..., 0] != BOS).any():
         raise UserError(f"{path} holds tokens or lengths this model does not have: make it with `make data`.")
     if data.shape[1] not in responses:
         raise UserError(f"{path} has {data.shape[1]} responses a row, which does not suit the loss.")
     if len(data) < rows:
-        raise UserError(f"{path} has {len(data)} rows, fewer than --batch {rows}: make it larger, or batch smaller.")
+        raise UserError(f"{path} has {len(data)} rows, fewer than --batch {rows}: make more, or batch fewer.")
     return data
 
 
@@ -93,7 +95,8 @@ def win_rate(r: torch.Tensor, r_ref: torch.Tensor) -> tuple[float, float]:
     """
     E[sigmoid(r(y) - r(y_ref))] over every y with reward in r (N,) against every y_ref with reward in
     r_ref (M,): the chance, without label noise, that the judge prefers the model's story to the
-    reference's (Eq. 2), where r is the expert's or a reward model's. With its standard error, both samples counted.
+    reference's (Eq. 2), where r is the expert's or a reward model's. With its standard error, from both
+    samples.
     """
     wins = torch.sigmoid(r[:, None] - r_ref)  # (N, M)
     variance = wins.mean(1).var() / len(r) + wins.mean(0).var() / len(r_ref)
@@ -104,13 +107,14 @@ def win_rate(r: torch.Tensor, r_ref: torch.Tensor) -> tuple[float, float]:
 # A judge that compares two stories: any endpoint with OpenAI's chat interface, asked as E.1 asks. The
 # environment names it: OPENAI_BASE_URL, OPENAI_API_KEY and JUDGE_MODEL.
 
-TRIES, PAUSE, TIMEOUT = 5, 2.0, 60.0  # of a request; seconds before the second try, doubled after each; of silence
-WORKERS = 16                          # questions in flight
-INVALID = 0.2                         # a larger share of invalid replies stops the run
+TRIES, PAUSE = 5, 2.0  # of a request; seconds before the second try, doubled after each
+TIMEOUT = 60.0         # seconds of silence
+WORKERS = 16           # questions in flight
+INVALID = 0.2          # a larger share of invalid replies stops the run
 
 
 def patiently(url: str, attempt, hint: dict):
-    """attempt(), again after trouble that may pass; hint: status -> what the user can do, None: for the others."""
+    """attempt(), again after trouble that may pass; hint: status (None: any other) -> what the user can do."""
     wait = PAUSE
     for left in reversed(range(TRIES)):
         try:
@@ -146,10 +150,11 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def ask(question: str) -> str:
     """The endpoint's reply, empty if it is not one."""
-    url, model, key = (os.environ.get(name, "").strip() for name in ("OPENAI_BASE_URL", "JUDGE_MODEL", "OPENAI_API_KEY"))
+    url, model, key = (os.environ.get(name, "").strip()
+                       for name in ("OPENAI_BASE_URL", "JUDGE_MODEL", "OPENAI_API_KEY"))
     if not url.startswith("http") or "@" in url or not model or not (key.isascii() and key.isprintable()):
-        raise UserError("the judge is not named: set OPENAI_BASE_URL (http..., without a name or key in it), JUDGE_MODEL "
-                        "and, where the endpoint wants one, OPENAI_API_KEY.")
+        raise UserError("the judge is not named: set OPENAI_BASE_URL (http..., without a name or key in it), "
+                        "JUDGE_MODEL and, where the endpoint wants one, OPENAI_API_KEY.")
     body = json.dumps(dict(model=model, temperature=0, messages=[dict(role="user", content=question)])).encode()
     headers = {"Content-Type": "application/json", "User-Agent": "spo"}
     opener = urllib.request.build_opener(NoRedirect)
@@ -200,7 +205,8 @@ better in all of that, and decide. End with these three lines, with a number in 
 def llm_verdict(story_1: str, story_2: str) -> tuple[float, float, int] | None:
     """Two scores from 0 to 10 and which story is better, 1 or 2; None where the reply is invalid."""
     mark, text = question(story_1, story_2)
-    reply, number = ask(text)[:20_000], r":[\s*_]*(?:story )?(\d{1,3}(?:\.\d{0,6})?)(?: ?(?:/|out of) ?10)?[^\w\n]*$"
+    reply = ask(text)[:20_000]
+    number = r":[\s*_]*(?:story )?(\d{1,3}(?:\.\d{0,6})?)(?: ?(?:/|out of) ?10)?[^\w\n]*$"
     said = [set(map(float, re.findall(rf"^[^\w\n]*{mark} {name}{number}", reply, re.M | re.I)))
             for name in ("score of story 1", "score of story 2", "better story")]
     if any(len(numbers) != 1 for numbers in said):  # something lacks, or is said twice and differs
@@ -235,7 +241,8 @@ def judge_pairs(pairs: list[tuple[str, str]], judge: str, path: str) -> list[tup
     with open(path, "ab+") as f:
         f.seek(0)
         for line in f:
-            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):  # a kill can leave half a line
+            # a kill can leave half a line
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
                 line = json.loads(line)
                 score_1, score_2, better = line["verdict"] or (0, 0, 1)
                 known[line["key"]] = line["verdict"] and (float(score_1), float(score_2), int(better))
@@ -260,8 +267,8 @@ def judge_pairs(pairs: list[tuple[str, str]], judge: str, path: str) -> list[tup
         for start in range(0, len(todo) + 1, 4 * WORKERS):
             list(pool.map(one, todo[start:start + 4 * WORKERS]))
             if invalid > INVALID * asked and (asked > 200 or start + 4 * WORKERS > len(todo)):
-                raise UserError(f"{invalid} of the judge's {asked} replies are not verdicts: take another JUDGE_MODEL, or "
-                                f"remove {path} to ask again.")
+                raise UserError(f"{invalid} of the judge's {asked} replies are not verdicts: take another "
+                                f"JUDGE_MODEL, or remove {path} to ask again.")
     said = [known[key] for key in keys]
     return list(zip(said[::2], said[1::2]))
 
@@ -272,7 +279,7 @@ def preferred(verdict, swapped) -> int | None:
 
 
 def llm_win_rate(verdicts: list[tuple]) -> dict:
-    """Of (model's, reference's) pairs in both orders: a tie, 1/2, where the orders disagree; invalid ones apart."""
+    """Of (model's, reference's) pairs in both orders: a tie, 1/2, where they disagree; invalid ones apart."""
     outcomes = [preferred(*both) for both in verdicts if None not in both]
     wins = torch.tensor([0.5 if better is None else 1.0 - better for better in outcomes])
     return dict(win=wins.mean().item(), win_se=(wins.std() / len(wins) ** 0.5).item(),
@@ -334,8 +341,10 @@ def main(argv=None) -> None:
     s = spo.get_args(rest)
     policy, ref = load(a.checkpoint, s.device), load(s.init, s.device)
     tokenizer = load_tokenizer(s.tokenizer, policy.args.vocab_size)
-    if (policy.args.vocab_size, s.max_new) != (ref.args.vocab_size, min(s.max_new, policy.args.max_seq_len, ref.args.max_seq_len)):
-        raise UserError(f"{a.checkpoint} and {s.init} must have the same tokens, and read --max_new {s.max_new} of them.")
+    longest = min(policy.args.max_seq_len, ref.args.max_seq_len)
+    if policy.args.vocab_size != ref.args.vocab_size or s.max_new > longest:
+        raise UserError(f"{a.checkpoint} and {s.init} must have the same tokens, and read --max_new "
+                        f"{s.max_new} of them.")
     y_ref = spo.sample(ref, a.n, s, (FRESH_REF,))
     judge = judge_of(s, tokenizer, y_ref, spo.story_mask(y_ref))
     found = spo.measure(policy, ref, judge, s, a.n, (FRESH,))

@@ -32,13 +32,14 @@ def cli(main) -> None:
         # step of the 15M model. M_MMAP_MAX = 0 and a high M_TRIM_THRESHOLD have it keep what it has.
         libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
     try:
-        main()
-    except UserError as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
-    except OSError as e:
-        sys.exit(print(f"error: {e.filename or 'a file'} cannot be read or written ({e.strerror}).", file=sys.stderr) or 2)
+        return main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+    except OSError as e:
+        print(f"error: {e.filename or 'a file'} cannot be read or written ({e.strerror}).", file=sys.stderr)
+    sys.exit(2)
 
 
 @dataclass
@@ -90,7 +91,7 @@ def full_precision(x: torch.Tensor) -> torch.Tensor:
 
 
 def rope_turns(head_dim: int, length: int) -> torch.Tensor:
-    """(length, 1, head_dim / 2, 2), cos and sin: position t turns a head's pair i by t / 10000^(2i / head_dim)."""
+    """cos and sin (length, 1, head_dim / 2, 2): position t turns a head's pair i by t / 10000^(2i / head_dim)."""
     frequencies = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(length).float(), frequencies)
     return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))[:, None]
@@ -206,8 +207,9 @@ class Transformer(nn.Module):
 # Sampling
 
 @torch.no_grad()
-def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-             generator: torch.Generator | None = None, compiled: bool = False) -> torch.Tensor:
+def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
+             top_k: int | None = None, generator: torch.Generator | None = None,
+             compiled: bool = False) -> torch.Tensor:
     """
     Continues prompt (B, P) to tokens (B, P + max_new_tokens); a row that has closed its story with BOS
     holds BOS from there on. Temperature 0 is greedy. Closed stories leave the batch, a quarter at a time.
@@ -281,7 +283,7 @@ def compiled_steps(model, cache, tokens, closed, u, temperature, top_k):
         closed.logical_or_(pick == BOS)
         finite.logical_and_(fine)
 
-    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")  # RoPE: one call
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")  # RoPE's
     step = torch.compile(step, dynamic=False)
     for t in range(1, u.shape[1]):
         if t == 3 and tokens.is_cuda:
@@ -312,7 +314,7 @@ def load(path: str, device: str = "cpu", scalar: bool = False) -> Transformer:
                 and head_dim * a.n_heads == a.dim and head_dim % 2 == 0 and a.n_heads % (a.n_kv_heads or 1) == 0
                 and all(w.is_contiguous() for w in weights.values())):
             raise ValueError(f"{args}"[:100])
-        with torch.device("meta"):  # whatever sizes the file claims, no weights are allocated that it does not hold
+        with torch.device("meta"):  # whatever sizes the file claims, nothing is allocated that it does not hold
             model = Transformer(args)
             if scalar:
                 model.scalar_head()
@@ -346,7 +348,7 @@ def read_checkpoint(path: str, device: str = "cpu") -> dict:
 
 @contextlib.contextmanager
 def writing(path: str):
-    """A binary file to write, which takes path's place once it is whole and on the disk; else path stays as it is."""
+    """A binary file to write, which takes path's place once it is whole and on the disk; else path stays."""
     try:
         with open(f"{path}.part", "wb") as f:
             yield f

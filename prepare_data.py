@@ -54,7 +54,7 @@ def train_tokenizer(path: str) -> None:
 
 
 def make(path: str, maker, inputs: list[str], **settings) -> None:
-    """Has maker(path, **settings) make path, unless the same settings and inputs made it, as path.json notes."""
+    """Has maker(path, **settings) make path, unless path.json says the same settings and inputs made it."""
     note = settings | {os.path.basename(file): sha256(file) for file in inputs}
     if os.path.exists(path) and os.path.exists(f"{path}.json"):
         try:
@@ -108,7 +108,7 @@ def rank(stories: torch.Tensor, r: torch.Tensor, generator: torch.Generator) -> 
 
 
 def toy(a) -> None:
-    """The embedded world: the grammar's stories, the writer they train, its stories as the expert ranks them."""
+    """The embedded world: the grammar's stories, the writer they train, its stories as an expert ranks them."""
     os.makedirs(a.data, exist_ok=True)
     tokenizer = load_tokenizer(a.tokenizer, VOCAB)
     s = spo.get_args([*f"--algo sft --model {a.what} --seed {a.seed} --steps {a.sft_steps} {SFT}".split(),
@@ -144,7 +144,8 @@ def toy(a) -> None:
     for name, rows, n, purpose in wanted:
         make(f"{a.data}/{name}.npy", collect, [f"{a.data}/sft.pt", *world], rows=rows, n=n, seed=a.seed,
              purpose=purpose, taste=TASTES[s.judge])
-    make(f"{a.data}/best.npy", lambda path: shutil.copyfile(f"{a.data}/ranked.npy", path), [f"{a.data}/ranked.npy"])
+    ranked = f"{a.data}/ranked.npy"
+    make(f"{a.data}/best.npy", lambda path: shutil.copyfile(ranked, path), [ranked])
     print(f"{a.data} is ready; a perfect writer would have {toyworld.entropy():.2f} nats a story")
 
 
@@ -179,12 +180,13 @@ def fetch(url: str, size: int, digest: str, path: str) -> None:
     """
     if os.path.exists(path):
         if (there := sha256(path)) != digest:
-            raise UserError(f"{path} is not the published one (sha256 {there[:8]}.., not {digest[:8]}..): move it away, "
-                            "or name another folder.")
+            raise UserError(f"{path} is not the published one (sha256 {there[:8]}.., not {digest[:8]}..): move "
+                            "it away, or name another folder.")
         print(f"{path} is there")
         return
     part = f"{path}.part"
-    patiently(url, lambda: download(url, part, size or 1 << 26), {None: "try later, or name a mirror in " + " or ".join(ENDPOINTS)})
+    patiently(url, lambda: download(url, part, size or 1 << 26),
+              {None: "try later, or name a mirror in " + " or ".join(ENDPOINTS)})
     got, length = sha256(part), os.path.getsize(part)
     if got != digest or length != (size or length):
         with open(part, "rb") as f:
@@ -204,8 +206,8 @@ def forget(part: str) -> None:
 
 def download(url: str, part: str, most: int) -> None:
     """
-    Writes the body of url, at most so many bytes, to part; goes on where an earlier one was cut while the entity
-    tag is the same.
+    Writes the body of url, at most so many bytes, to part; goes on where an earlier one was cut while the
+    entity tag is the same.
     """
     tag, headers = f"{part}.etag", {"User-Agent": "spo"}
     if os.path.exists(part) and os.path.exists(tag):
@@ -235,7 +237,8 @@ def download(url: str, part: str, most: int) -> None:
                 if now - shown > 1:
                     rate, shown = (have - first) / (now - began), now
                     print(f"\r{os.path.basename(part)[:-5]} {have >> 20} of {total >> 20} MiB, "
-                          f"{rate / 2**20:.1f} MiB/s, {max(0, total - have) / rate:.0f} s left ", end="", flush=True)
+                          f"{rate / 2**20:.1f} MiB/s, {max(0, total - have) / rate:.0f} s left ",
+                          end="", flush=True)
         if shown > began:
             print()
     if have < min(total, most):
@@ -330,8 +333,8 @@ def items_of(path: str):
     """Where and what: each line of a .jsonl as bytes, or each item of a .json list (or of a dict of lists)."""
     with open(path, "rb") as f:
         if not path.endswith(".json"):
-            yield from ((f"line {i}", line) for i, line in enumerate(iter(lambda: f.readline(LONGEST + 1), b""), 1)
-                        if line.strip())
+            lines = iter(lambda: f.readline(LONGEST + 1), b"")
+            yield from ((f"line {i}", line) for i, line in enumerate(lines, 1) if line.strip())
             return
         whole = json.load(f)
     if isinstance(whole, dict):
@@ -379,11 +382,12 @@ def released(a) -> None:
     host, tried = endpoints()["RELEASE_ENDPOINT"], []
 
     def get(path, most=1 << 24):
+        request = urllib.request.Request(f"{host}/api/repo/{path}", headers={"User-Agent": "spo"})
+
         def attempt():
-            with urllib.request.urlopen(urllib.request.Request(f"{host}/api/repo/{path}",
-                                                               headers={"User-Agent": "spo"}), timeout=TIMEOUT) as f:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as f:
                 return body_of(f, most)
-        return patiently(f"{host}/api/repo/{path}", attempt, {None: "the release is not to be had there"})
+        return patiently(request.full_url, attempt, {None: "the release is not to be had there"})
 
     def files(name, under=""):
         """Data files and sizes; a listing is a list of entries, or a dict of folders, files having a size."""
@@ -410,7 +414,7 @@ def released(a) -> None:
                 if not os.path.exists(local):
                     body = get(f"{name}/file/{urllib.parse.quote(path)}", 1 << 28)
                     if len(body) != size:
-                        raise UserError(f"{path!r:.80} has {len(body)} bytes, not the {size!r:.20} it is listed with")
+                        raise UserError(f"{path!r:.80} has {len(body)} bytes, not the {size!r:.20} listed")
                     write_whole(local, body)
             break
         except UserError as e:
@@ -418,8 +422,8 @@ def released(a) -> None:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             tried.append(f"{host}'s list of files cannot be read")
     else:
-        raise UserError(f"the released pairs cannot be fetched ({'; '.join(tried)}): take --source made, or a file "
-                        "of your own.")
+        raise UserError(f"the released pairs cannot be fetched ({'; '.join(tried)}): take --source made, or a "
+                        "file of your own.")
     imported(a, folder)
 
 
@@ -488,15 +492,15 @@ def main(argv=None) -> None:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=("toy", "toy-naive", *PUBLISHED, "tokenizer"))
     p.add_argument("--data", help="folder the files go to; default data/<what>")
-    p.add_argument("--tokenizer", help="default: tokenizer.model, or <data>/tokenizer.model of a published model")
+    p.add_argument("--tokenizer", help="default: tokenizer.model, of a published model in <data>")
     p.add_argument("--source", help="of pairs: made, released, or a .jsonl or .json file or a folder of them")
     p.add_argument("--judge", choices=JUDGES, help="who labels made pairs; default: toy: its expert, else llm")
-    p.add_argument("--reward_steps", type=int, help="steps of fitting a reward model; default: toy: 0, else 1000")
+    p.add_argument("--reward_steps", type=int, help="of fitting a reward model; default: toy: 0, else 1000")
     p.add_argument("--seed", type=int, default=0, help="of the stories, the training and the sampling")
     p.add_argument("--stories", type=int, default=20_000, help="stories of the grammar to learn from")
     p.add_argument("--sft_steps", type=int, default=1000, help="steps of pre-training")
-    p.add_argument("--pairs", type=int, default=4000, help="pairs to make; half as many rows of four ranked stories")
-    p.add_argument("--ref", type=int, default=2000, help="stories of the writer, to compare with and for SLiC-HF")
+    p.add_argument("--pairs", type=int, default=4000, help="pairs to make; half as many rows of four")
+    p.add_argument("--ref", type=int, default=2000, help="stories of the writer: to compare with, for SLiC-HF")
     a = p.parse_args(argv)
     if a.reward_steps is None:
         a.reward_steps = 1000 if a.what in PUBLISHED and a.source else 0

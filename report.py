@@ -112,8 +112,8 @@ def table(runs: dict, tuned: dict) -> str:
     again = {algo: [found["win"] for found, _ in seeds] for algo, seeds in runs.items()}
     after = {algo: [wins[OVER * found["step"]] for wins, (found, _) in zip(at[algo], seeds)]
              for algo, seeds in runs.items()}
-    lines = [f"| method | peak win-rate | SPO's lead | its step | KL there | entropy there | at step {STEPS} | at "
-             f"{OVER}x the peak's step | SPO's lead | at step {OVER * STEPS} |", "|" + " --- |" * 10]
+    lines = [f"| method | peak win-rate | SPO's lead | its step | KL there | entropy there | at step {STEPS} | "
+             f"at {OVER}x the peak's step | SPO's lead | at step {OVER * STEPS} |", "|" + " --- |" * 10]
     for algo, seeds in runs.items():
         ahead = [[a - b for a, b in zip(x["spo"], x[algo])] for x in (again, after)]
         lead = ["", ""] if algo == "spo" else [mean_se(difference) for difference in ahead]
@@ -126,9 +126,10 @@ def table(runs: dict, tuned: dict) -> str:
 
 
 def frontier(runs: dict) -> str:
-    """Win-rate at equal KL as markdown: the mean of the evaluations, over all seeds and steps, in a band of KL."""
+    """Win-rate at equal KL as markdown: the mean of all seeds' and steps' evaluations in a band of KL."""
     bands = [(1, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 15), (15, 25), (25, 100)]
-    lines = ["| KL, nats a story | " + " | ".join(f"{low} to {high}" for low, high in bands) + " |", "|" + " --- |" * 9]
+    lines = [f"| KL, nats a story | {' | '.join(f'{low} to {high}' for low, high in bands)} |",
+             "|" + " --- |" * 9]
     for algo, seeds in runs.items():
         cells = [[r["win"] for _, log in seeds for r in log if low <= r["kl"] < high] for low, high in bands]
         means = [f"{sum(wins) / len(wins):.3f} ({len(wins)})" if wins else "-" for wins in cells]
@@ -185,7 +186,8 @@ def questions(folder: str) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(QUESTIONS, pool.map(one, QUESTIONS)))
-    lines = [f"| changed | peak (step) | at step {STEPS} | KL there | entropy there | ms a step |", "|" + " --- |" * 6]
+    lines = [f"| changed | peak (step) | at step {STEPS} | KL there | entropy there | ms a step |",
+             "|" + " --- |" * 6]
     for change, (top, log) in found.items():
         ms = torch.tensor([r["ms"] for r in log if "ms" in r]).median()
         lines.append(f"| `{change or SPO}` | {top['win']:.3f} ({top['step']}) | {log[-1]['win']:.3f} | "
@@ -212,8 +214,8 @@ def estimators(checkpoint: str, batches: int = 400) -> str:
             parts = torch.autograd.grad(kl.mean(), policy.parameters(), retain_graph=True)
             gradients[name].append(torch.cat([part.flatten() for part in parts]))
     halves = zip(*(torch.stack(gradients[name]).chunk(2) for name in ("token", "sequence")))
-    return "".join("KL gradient: token-wise bias {:.2f}, noise {:.2f}; score function noise {:.2f}; cosine {:.2f}\n"
-                   .format(*compare_gradients(*half)) for half in halves)
+    line = "KL gradient: token-wise bias {:.2f}, noise {:.2f}; score function noise {:.2f}; cosine {:.2f}\n"
+    return "".join(line.format(*compare_gradients(*half)) for half in halves)
 
 
 def compare_gradients(g, unbiased):

@@ -33,8 +33,8 @@ class Parser(argparse.ArgumentParser):
 TOY = dict(judge="expert", batch=16, micro=64, steps=500, warmup=50, lr=2e-4, max_new=100, eval_every=50,
            eval_stories=256)
 # E.2's, but for lr, which the paper does not give: ours, and not measured yet
-PAPER = dict(judge="reward", batch=128, micro=32, steps=40000, warmup=5000, lr=1e-5, max_new=255, eval_every=1000,
-             eval_stories=1000, R=32)
+PAPER = dict(judge="reward", batch=128, micro=32, steps=40000, warmup=5000, lr=1e-5, max_new=255,
+             eval_every=1000, eval_stories=1000, R=32)
 MODELS = ({"toy": TOY, "toy-naive": TOY | dict(judge="naive")}
           | dict.fromkeys(("stories260K", "stories15M", "stories42M", "stories110M"), PAPER))
 
@@ -43,7 +43,7 @@ def settings(losses: dict, argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked, with every default filled in; losses: spo.LOSSES."""
     p = Parser(description="Align a story writer by SPO (arXiv 2405.00747), DPO, IPO or SLiC-HF.",
                argument_default=argparse.SUPPRESS)
-    p.add_argument("--algo", choices=losses, default="spo", help="the loss; sft: likelihood; reward: a reward model")
+    p.add_argument("--algo", choices=losses, default="spo", help="the loss; sft and reward: other training")
     p.add_argument("--alpha", type=float, help="softness: the target is softmax(r / alpha)")
     p.add_argument("--beta", type=float, help="weight of the regulariser; DPO: Eq. 5's; IPO: its tau")
     p.add_argument("--gamma", type=float, help="exponent of Section 4's pair weight mu; 0: unweighted")
@@ -54,13 +54,13 @@ def settings(losses: dict, argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--model", choices=MODELS, default="toy", help="whose defaults, and files under data/")
     p.add_argument("--data", help="folder of sft.pt and token files; default data/<model>")
     p.add_argument("--init", help="start and reference; default <data>/sft.pt")
-    p.add_argument("--tokenizer", help="the checkpoint's own; toy: tokenizer.model, else <data>/tokenizer.model")
+    p.add_argument("--tokenizer", help="the checkpoint's own; toy: tokenizer.model, else in <data>")
     p.add_argument("--judge", choices=JUDGES, help="of the evaluations: see evaluate.py")
     p.add_argument("--out", help="the run's folder; default out/<model>-<algo>-<settings>")
     p.add_argument("--seed", type=int, default=0, help="of batches, rollouts and evaluations")
     p.add_argument("--steps", type=int, help="how many")
     p.add_argument("--batch", type=int, help="rows of the preference data a step")
-    p.add_argument("--micro", type=int, help="stories at a time, of those that make one gradient: less, less memory")
+    p.add_argument("--micro", type=int, help="stories at a time, of those of a gradient: less, less memory")
     p.add_argument("--lr", type=float, help="AdamW's learning rate after warm-up")
     p.add_argument("--warmup", type=int, help="steps of linear warm-up")
     p.add_argument("--max_new", type=int, help="longest story, in tokens; a longer one is cut")
@@ -70,7 +70,7 @@ def settings(losses: dict, argv: list[str] | None) -> argparse.Namespace:
     devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     p.add_argument("--device", choices=devices, default=devices[0])
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
-    p.add_argument("--compile", action="store_true", default=False, help="sampling: fused, on GPUs one graph a token")
+    p.add_argument("--compile", action="store_true", default=False, help="the sampling")
     p.add_argument("--resume", action="store_true", default=False, help="go on from <out>/ckpt.pt")
     s = p.parse_args(argv)
 
@@ -90,7 +90,8 @@ def settings(losses: dict, argv: list[str] | None) -> argparse.Namespace:
     if s.world > min(s.batch, getattr(s, "R", s.batch)):
         p.error(f"{s.world} processes are more than --batch or --R")
     if getattr(s, "kl", "") == "sequence" and s.R > (s.micro if s.world == 1 else 0):
-        p.error("--kl sequence takes its R stories, each the others' baseline, in one piece: R at most --micro, one process")
+        p.error("--kl sequence takes its R stories, each the others' baseline, in one piece: "
+                "R at most --micro, one process")
     if s.compile and not shutil.which(cxx := os.environ.get("CXX", "g++")):
         p.error(f"--compile needs a C++ compiler, and there is no {cxx}: install it, or leave --compile out")
     if s.algo == "ipo" and s.beta == 0:
@@ -98,15 +99,16 @@ def settings(losses: dict, argv: list[str] | None) -> argparse.Namespace:
 
     s.data = getattr(s, "data", f"data/{s.model}")
     s.init = getattr(s, "init", f"{s.data}/sft.pt")
-    s.tokenizer = getattr(s, "tokenizer", ("" if s.model.startswith("toy") else f"{s.data}/") + "tokenizer.model")
-    name = "-".join([s.model, s.algo, *(f"{n}{getattr(s, n)}".removesuffix(".0") for n in reads), f"seed{s.seed}"])
-    s.out = getattr(s, "out", f"out/{name}").rstrip("/")
+    own = "tokenizer.model" if s.model.startswith("toy") else f"{s.data}/tokenizer.model"
+    s.tokenizer = getattr(s, "tokenizer", own)
+    choices = [f"{name}{getattr(s, name)}".removesuffix(".0") for name in [*reads, "seed"]]
+    s.out = getattr(s, "out", "-".join([f"out/{s.model}", s.algo, *choices])).rstrip("/")
     return s
 
 
 @contextlib.contextmanager
 def ranks(s):
-    """Joins the processes that torchrun started, one a GPU where there are any; all but the first are silent."""
+    """Joins the processes that torchrun started, one a GPU where there are any; only the first prints."""
     if s.world == 1:
         yield
         return
@@ -114,7 +116,8 @@ def ranks(s):
         if (local := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
             raise UserError(f"there are {torch.cuda.device_count()} GPUs, fewer than RANKS.")
         torch.cuda.set_device(local)
-    torch.distributed.init_process_group("nccl" if s.device == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+    torch.distributed.init_process_group("nccl" if s.device == "cuda" else "gloo",
+                                         timeout=datetime.timedelta(days=1))
     with contextlib.redirect_stdout(open(os.devnull, "w") if s.rank else sys.stdout):
         yield
     torch.distributed.destroy_process_group()
@@ -136,8 +139,9 @@ def sha256(path: str) -> str:
 @contextlib.contextmanager
 def folder(s):
     """
-    Makes or takes up a run's folder, and holds it: a second run is refused. An earlier run of that name moves
-    aside. Lists the signals that come: the first is for the run to finish its step, a second one leaves at once.
+    Makes or takes up a run's folder, and holds it: a second run is refused. An earlier run of that name
+    moves aside. Lists the signals that come: the first is for the run to finish its step, a second one
+    leaves at once.
     """
     signals, names = [], (signal.SIGINT, signal.SIGTERM)
 
@@ -165,9 +169,9 @@ def folder(s):
                 for part in glob.glob(f"{glob.escape(s.out)}/*.part"):  # a killed run's
                     os.remove(part)
         except BlockingIOError:
-            raise UserError(f"another run is writing to {s.out}: wait for it, or name another with --out.") from None
+            raise UserError(f"another run is writing to {s.out}: wait for it, or give another --out.") from None
         except OSError as e:
-            raise UserError(f"{s.out} cannot be written ({e.strerror}): name another with --out.") from None
+            raise UserError(f"{s.out} cannot be written ({e.strerror}): give another --out.") from None
         for name in names:
             held.callback(signal.signal, name, signal.signal(name, come))
         yield signals
@@ -177,15 +181,17 @@ def record(s, **r):
     """Adds a line to the run's log and shows it, in at most 80 characters."""
     if s.rank:
         return
+    known = {name: x if isinstance(x, str) or math.isfinite(x) else None for name, x in r.items()}
     with open(f"{s.out}/log.jsonl", "a") as f:
-        f.write(json.dumps({k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in r.items()}) + "\n")
+        f.write(json.dumps(known) + "\n")
     if "loss" in r:
         print("{step:6d} {loss:8.3f} {pref:8.3f} {kl:6.2f} {margin:7.2f} {accuracy:5.2f} {lr:8.1e} "
               "{ms:6.1f} {tokens_s:6.0f}".format(**r).replace("nan", "  -"),
               "{:3.0f}:{:02.0f}".format(*divmod(int(r["left"]), 60)), flush=True)
     else:
         digits = dict(win=3, win_se=3, kl=2, entropy=1, length=0, closed=2, nats=2, right=3)
-        print(f"@{r['step']}", *(f"{name} {r[name]:.{d}f}" for name, d in digits.items() if name in r), flush=True)
+        found = [f"{name} {r[name]:.{d}f}" for name, d in digits.items() if name in r]
+        print(f"@{r['step']}", *found, flush=True)
 
 
 def read_log(out: str) -> list[dict]:
@@ -208,7 +214,8 @@ def cut_log(s, step: int) -> int:
 
 def peak(out: str) -> dict:
     """The evaluation with the highest win-rate."""
-    wins = [r for r in read_log(out) if r.get("win") is not None] if os.path.exists(f"{out}/log.jsonl") else []
+    log = read_log(out) if os.path.exists(f"{out}/log.jsonl") else []
+    wins = [r for r in log if r.get("win") is not None]
     return max(wins, key=lambda r: r["win"], default=dict(win=-1.0))
 
 
@@ -225,7 +232,9 @@ def show(s, vocab_size: int, y_ref, y) -> None:
 
 
 def take_up(s, policy, optimizer):
-    """Goes on from a run's checkpoint -> step, the one last evaluated, rollout, window, skipped steps."""
+    """Begins or goes on from the checkpoint -> step, the one last evaluated, rollout, window, skipped steps."""
+    if not s.resume:
+        return 0, -1, None, [], []
     path, kinds = f"{s.out}/ckpt.pt", dict(settings=dict, step=int, window=list, skipped=list)
     checkpoint = read_checkpoint(path, s.device)
     if not {"optimizer", "rollout"} | kinds.keys() <= checkpoint.keys():
@@ -234,9 +243,10 @@ def take_up(s, policy, optimizer):
     free |= {"steps"} if s.algo != "sft" else set()  # a cosine knows its end
     try:
         assert all(type(checkpoint[name]) is kind for name, kind in kinds.items())
-        begun, now = ({k: v for k, v in both.items() if k not in free} for both in (checkpoint["settings"], vars(s)))
+        begun, now = ({name: x for name, x in both.items() if name not in free}
+                      for both in (checkpoint["settings"], vars(s)))
         if begun["inputs"] != now["inputs"]:
-            raise UserError(f"{s.out} was begun from other files than {s.init} and {s.data} hold now: begin anew.")
+            raise UserError(f"{s.out} was begun from other files than {s.init} and {s.data} are: begin anew.")
         for name in begun | now:
             if begun.get(name) != now.get(name):
                 raise UserError(f"{s.out} was begun with --{name} {begun.get(name)}, not {now.get(name)}: "
@@ -245,10 +255,11 @@ def take_up(s, policy, optimizer):
             raise UserError(f"{s.out} is at step {checkpoint['step']} already: give --steps that many or more.")
         policy.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        assert checkpoint["rollout"] is None or 0 <= checkpoint["rollout"].min() <= checkpoint["rollout"].max() < len(
-            policy.tok_embeddings.weight)
+        assert checkpoint["rollout"] is None or policy.args.vocab_size > checkpoint["rollout"].max() and (
+            checkpoint["rollout"].min() >= 0)
         assert all(terms.shape == (6,) and seconds > 0 for terms, seconds in checkpoint["window"])
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as e:
-        raise UserError(f"{path} is not what a run of {s.init} wrote ({' '.join(str(e).split())[:80]}).") from None
+        reason = " ".join(str(e).split())[:80]
+        raise UserError(f"{path} is not what a run of {s.init} wrote ({reason}).") from None
     return [checkpoint["step"], cut_log(s, checkpoint["step"]),
             *(checkpoint[name] for name in ("rollout", "window", "skipped"))]

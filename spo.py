@@ -54,7 +54,7 @@ def seq_logp(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     log pi(y | x) in nats, (N,): tokens (N, T) are prompt and response, mask (N, T) is 1 on the tokens
     that count, the response and its end. model: a Transformer, or any function from tokens to logits.
     """
-    states, output = (model.states, model.output) if hasattr(model, "states") else (model, lambda logits: logits)
+    states, output = (model.states, model.output) if hasattr(model, "states") else (model, lambda x: x)
     return story_sum(lambda x, y: -F.cross_entropy(full_precision(output(x)), y, reduction="none"),
                      mask[:, 1:].bool(), states(tokens[:, :-1]), tokens[:, 1:])
 
@@ -152,7 +152,7 @@ def token_kl(logits, ref_logits, mask):
 
 
 def rollout_kl(policy, ref, y, states, ref_states):
-    """Appendix D's KL of the stories y (R, T) -> (R,), from the states (R, T-1, dim) that both have of them."""
+    """Appendix D's KL of the stories y (R, T) -> (R,), from the states (R, T-1, dim) both have of them."""
     def f(x, r):
         return token_kl(policy.output(x)[:, None], ref.output(r)[:, None], torch.ones_like(x[:, :1]))
     return story_sum(f, story_mask(y)[:, 1:].bool(), states, ref_states)
@@ -186,7 +186,8 @@ def sample(model, n, s, key):
     torch.rand(s.rank * each, s.max_new, generator=g)  # what the ranks before this one draw
     bos = torch.full((each, 1), BOS, device=s.device)
     with autocast(s):
-        y = torch.cat([generate(model, part, s.max_new, generator=g, compiled=s.compile) for part in bos.split(256)])
+        y = torch.cat([generate(model, part, s.max_new, generator=g, compiled=s.compile)
+                       for part in bos.split(256)])
     if s.world > 1:
         dist.all_gather(every := [torch.empty_like(y) for _ in range(s.world)], y)
         y = torch.cat(every)[:n]
@@ -206,8 +207,8 @@ def batch_rows(n, s, purpose, step):
 
 def micro_batches(data, rows, s):
     """
-    This rank's share of some rows of a token file (N, n, T), longest first to save padding, s.micro stories at
-    a time: rows (b,) and tokens (b * n, T'), a row's n responses next to each other.
+    This rank's share of some rows of a token file (N, n, T), longest first to save padding, s.micro
+    stories at a time: rows (b,) and tokens (b * n, T'), a row's n responses next to each other.
     """
     y = torch.from_numpy(data[rows.numpy()].astype("int64"))                                # (B, n, T)
     longest = story_mask(y.flatten(0, 1)).sum(1).view(y.shape[:2]).amax(1)
@@ -269,13 +270,13 @@ def measure(policy, ref, judge, s, n, key) -> dict:
         with autocast(s):
             states = policy.states(part[:, :-1])
             kl.append(rollout_kl(policy, ref, part, states, ref.states(part[:, :-1])))
-            entropy.append(story_sum(lambda x: torch.distributions.Categorical(logits=full_precision(policy.output(x)))
-                                     .entropy(), m[:, 1:].bool(), states))
+            entropy.append(story_sum(
+                lambda x: torch.special.entr(full_precision(policy.output(x)).softmax(-1)).sum(-1),
+                m[:, 1:].bool(), states))
     length = mask.sum(1, keepdim=True)
-    closed = y.gather(1, length) == BOS
     return dict(n=n) | judge(y, mask) | dict(
         kl=torch.cat(kl).mean().item(), entropy=torch.cat(entropy).mean().item(),
-        length=length.float().mean().item(), closed=closed.float().mean().item())
+        length=length.float().mean().item(), closed=(y.gather(1, length) == BOS).float().mean().item())
 
 
 def evaluate(policy, ref, judge, others, s, step):
@@ -305,9 +306,11 @@ def take_in(s):
         raise UserError(f"--max_new is {s.max_new}, but the model reads {longest} tokens at most.")
     judged = s.algo not in ("sft", "reward")
     other = dict(sft="heldout", reward="heldout_pairs").get(s.algo, "ref")
-    others = load_tokens(f"{s.data}/{other}.npy", ref.args, (2,) if s.algo == "reward" else (1,), s.batch if judged else 1)
+    others = load_tokens(f"{s.data}/{other}.npy", ref.args, (2,) if s.algo == "reward" else (1,),
+                         s.batch if judged else 1)
     files = [s.init, s.tokenizer, f"{s.data}/{file}.npy", f"{s.data}/{other}.npy"]
-    s.inputs = "".join(sha256(path)[:4] for path in files + [f"{s.data}/reward.pt"] * (judged and s.judge == "reward"))
+    files += [f"{s.data}/reward.pt"] * (judged and s.judge == "reward")
+    s.inputs = "".join(sha256(path)[:4] for path in files)
     if not judged:
         return ref, policy.scalar_head() if s.algo == "reward" else policy, data, others, None
     y_ref = trim(torch.from_numpy(others[:2000, 0].astype("int64")).to(s.device))           # (M, T)
@@ -316,8 +319,8 @@ def take_in(s):
 
 def preference(policy, data, ref_logp, s, step):
     """
-    Adds the gradient of the preference loss on this rank's share of a step's batch -> the loss, the mean margin,
-    accuracy and the tokens that count, (4,).
+    Adds the gradient of the preference loss on this rank's share of a step's batch -> the loss, the mean
+    margin, accuracy and the tokens that count, (4,).
     """
     loss_of, score = LOSSES[s.algo][0], story_reward if s.algo == "reward" else seq_logp
     batch, mu = batch_rows(len(data), s, BATCH, step), torch.ones(len(data), device=s.device)
@@ -366,19 +369,24 @@ def train(s) -> int:
 
 def minimise(s, signals, ref, policy, data, others, judge):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.lr, betas=(0.9, 0.95), fused=True)
-    step, evaluated, y_kl, window, skipped = take_up(s, policy, optimizer) if s.resume else (0, -1, None, [], [])
+    step, evaluated, y_kl, window, skipped = take_up(s, policy, optimizer)
     print(textwrap.fill(" ".join(f"{k}={v}" for k, v in vars(s).items()), 80, break_on_hyphens=False))
 
     rolls_out = "R" in LOSSES[s.algo][2] and s.beta > 0
-    ref_logp = data_logp(ref, data, s) if s.algo in ("dpo", "ipo") else torch.zeros(data.shape[:2], device=s.device)
-    first, began, rollout, stop = step, time.perf_counter(), [], False
+    ref_logp = (data_logp(ref, data, s) if s.algo in ("dpo", "ipo") else
+                torch.zeros(data.shape[:2], device=s.device))
+    first, began, rollout = step, time.perf_counter(), []
     print("  step     loss     pref     kl  margin   acc       lr     ms  tok/s   left")
     while True:
-        if stop and step < s.steps:
-            break
-        if evaluated != step and (step % s.eval_every == 0 or step == s.steps):
+        # 0. what is done so far is saved, then evaluated: so a kill in between loses nothing
+        stop = step > first and bool(sum_of_ranks(torch.tensor(len(signals), device=s.device), s))
+        due = step % s.eval_every == 0 or step == s.steps
+        if step > first and not s.rank and (stop or due):
+            save(policy, f"{s.out}/ckpt.pt", settings=vars(s), step=step, optimizer=optimizer.state_dict(),
+                 rollout=y_kl, window=window, skipped=skipped)
+        if due and step != evaluated and (step == s.steps or not stop):
             evaluate(policy, ref, judge, others, s, step)
-        if step == s.steps:
+        if stop or step == s.steps:
             break
         started = time.perf_counter()
         for group in optimizer.param_groups:
@@ -409,11 +417,11 @@ def minimise(s, signals, ref, policy, data, others, judge):
             skipped.append(step)
             print(f"step {step} is skipped: its loss, {loss:.3g}, or its gradient is not finite")
             if skipped[-5:] == list(range(step - 4, step + 1)):
-                raise UserError(f"the loss or gradient was not finite in steps {step - 4} to {step}: begin anew with a "
-                                f"lower --lr; the last good model is {s.out}/ckpt.pt, if that is there.")
+                raise UserError(f"the loss or gradient was not finite in steps {step - 4} to {step}: begin anew "
+                                f"with a lower --lr; the last good model, if there is one, is {s.out}/ckpt.pt.")
         step += 1
 
-        # 5. log the mean of the steps since the last line; save
+        # 5. log the mean of the steps since the last line
         kl = reg if rolls_out else reg * math.nan
         window.append((torch.stack((loss, pref, kl, margin, accuracy, tokens)), time.perf_counter() - started))
         if step == 1 or step % s.log_every == 0:
@@ -424,10 +432,6 @@ def minimise(s, signals, ref, policy, data, others, judge):
                    ms=ms, tokens_s=1e3 * tokens / ms, skipped=len(skipped),
                    left=(time.perf_counter() - began) / (step - first) * (s.steps - step))
             window = []
-        stop = bool(sum_of_ranks(torch.tensor(len(signals), device=s.device), s))
-        if not s.rank and (stop or step % s.eval_every == 0 or step == s.steps):
-            save(policy, f"{s.out}/ckpt.pt", settings=vars(s), step=step, optimizer=optimizer.state_dict(),
-                 rollout=y_kl, window=window, skipped=skipped)
     if step == s.steps and judge:
         show(s, policy.args.vocab_size, *(sample(model, 3, s, (SHOW,)) for model in (ref, policy)))
     return step
@@ -436,10 +440,9 @@ def minimise(s, signals, ref, policy, data, others, judge):
 def main():
     s = get_args()
     with ranks(s):
-        step = train(s)
-    if step < s.steps:
-        print(f"stopped, and saved at step {step}: the same command with RESUME=1 (--resume) goes on")
-        raise KeyboardInterrupt
+        if (step := train(s)) < s.steps:
+            print(f"stopped, and saved at step {step}: the same command with RESUME=1 (--resume) goes on")
+            raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
