@@ -147,6 +147,7 @@ def bench(a) -> None:
         for n in a.batches:
             bos = torch.ones(n, 1, dtype=torch.long, device=a.device)
             for new in sorted({length // 4, length // 2, length - 1}):
+                torch.compiler.reset()  # it keeps eight shapes at most
                 times = measure(lambda: generate(Endless(policy), bos, new, compiled=a.compile), a)
                 show(f"sampling, batch {n}, {new} tokens", times, n * new, new // 2, 1 / 3)
         show(f"without cache, 32, after {length // 2} tokens", measure(
