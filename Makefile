@@ -33,7 +33,7 @@ report: data
 	@$(if $(READY),$(PY) -m pip install -q matplotlib==3.11.2)
 	@$(PY) report.py $(if $(MODEL),--model $(MODEL))
 
-# one setting of SPO changed at a time, and the KL's estimators: 15 minutes
+# one setting of SPO changed at a time, and the KL's estimators: 10 minutes
 questions: data
 	@$(PY) report.py --questions
 

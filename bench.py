@@ -71,8 +71,7 @@ class Endless:
 
 
 def bench(a) -> None:
-    shape, pairs, length, micro = SHAPES[a.model]
-    pairs, length, micro = a.pairs or pairs, a.length or length, a.micro or micro
+    shape, pairs, length, micro = SHAPES[a.model][0], a.pairs, a.length, a.micro
     flags = f"--model {a.model} --device {a.device} --dtype {a.dtype} --batch {pairs} --micro {micro}"
     algos = {algo: spo.get_args(["--algo", algo, *flags.split()]) for algo in ("spo", "slic")}
     s = algos["spo"]
@@ -164,17 +163,21 @@ def main(argv=None) -> None:
     p.add_argument("--pairs", type=int, help="a step")
     p.add_argument("--length", type=int, help="of a story, in tokens")
     p.add_argument("--micro", type=int, help="stories at a time")
-    p.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256], help="of the sampling")
+    p.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 256], help="of the sampling")
     p.add_argument("--reps", type=int, default=3, help="how often each thing is measured, after a warm-up")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--device", choices=devices, default=devices[0])
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
     p.add_argument("--compile", action="store_true", help="the sampling")
     a = p.parse_args(argv)
-    bounds = dict(pairs=(1, 4096), length=(2, 256), micro=(1, 4096), reps=(1, 99), threads=(1, 999))
+    shape, *usual = SHAPES[a.model]
+    for name, default in zip(("pairs", "length", "micro"), usual):
+        setattr(a, name, default if getattr(a, name) is None else getattr(a, name))
+    bounds = dict(pairs=(1, 4096), length=(2, shape["max_seq_len"]), micro=(1, 4096), batches=(1, 4096),
+                  reps=(1, 99), threads=(1, 999))
     for name, (low, high) in bounds.items():
-        if not low <= (getattr(a, name) or (0 if name in ("reps", "threads") else low)) <= high:
-            p.error(f"--{name} is {getattr(a, name)}: it must be from {low} to {high}")
+        if np.min(given := getattr(a, name)) < low or np.max(given) > high:
+            p.error(f"--{name} is {given}: it must be from {low} to {high}")
     torch.set_num_threads(a.threads)
     bench(a)
 

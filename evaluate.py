@@ -282,7 +282,7 @@ def llm_win_rate(verdicts: list[tuple]) -> dict:
     """Of (model's, reference's) pairs in both orders: a tie, 1/2, where they disagree; invalid ones apart."""
     outcomes = [preferred(*both) for both in verdicts if None not in both]
     wins = torch.tensor([0.5 if better is None else 1.0 - better for better in outcomes])
-    return dict(win=wins.mean().item(), win_se=(wins.std() / len(wins) ** 0.5).item(),
+    return dict(n=len(verdicts), win=wins.mean().item(), win_se=(wins.std() / len(wins) ** 0.5).item(),
                 ties=outcomes.count(None), invalid=len(verdicts) - len(outcomes))
 
 
@@ -333,7 +333,7 @@ def main(argv=None) -> None:
     import spo  # which imports this file for the evaluations of training
     from run import Parser
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoint")
+    p.add_argument("checkpoint", help="before the flags")
     p.add_argument("--n", type=int, default=1000, help="fresh stories of each model")
     a, rest = p.parse_known_args(argv)
     if a.n < 2:

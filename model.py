@@ -37,6 +37,8 @@ def cli(main) -> None:
         sys.exit(130)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full: take fewer stories at a time (--micro, MICRO=).", file=sys.stderr)
     except OSError as e:
         print(f"error: {e.filename or 'a file'} cannot be read or written ({e.strerror}).", file=sys.stderr)
     sys.exit(2)
@@ -68,7 +70,7 @@ class KVCache:
         self.buffers = {}           # layer -> keys, values (B, n_kv_heads, max_len, head_dim)
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends k, v (B, n_kv_heads, T, head_dim), without gradient; returns all of them so far."""
+        """Appends k, v (B, n_kv_heads, T, head_dim), not for training; returns all of them so far."""
         B, H, T, head_dim = k.shape
         if layer not in self.buffers:
             self.buffers[layer] = [x.new_zeros(B, H, self.max_len, head_dim) for x in (k, v)]

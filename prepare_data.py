@@ -55,26 +55,29 @@ def train_tokenizer(path: str) -> None:
 
 def make(path: str, maker, inputs: list[str], **settings) -> None:
     """Has maker(path, **settings) make path, unless path.json says the same settings and inputs made it."""
-    note = settings | {os.path.basename(file): sha256(file) for file in inputs}
-    if os.path.exists(path) and os.path.exists(f"{path}.json"):
-        try:
-            with open(f"{path}.json") as f:
-                made_from = dict(json.load(f))
-        except (ValueError, TypeError):
-            made_from = {}
-        if made_from == note:
-            return
-        if "source" in made_from:
-            print(f"{path} is from {made_from['source']}, and stays: remove it to have the toy world's own")
-            return
-        os.remove(f"{path}.json")  # from here on, until path is made, it is nobody's
+    note, made_from = settings | {os.path.basename(file): sha256(file) for file in inputs}, read_note(path)
+    if os.path.exists(path) and made_from == note:
+        return
+    if os.path.exists(path) and "source" in made_from:
+        print(f"{path} is from {made_from['source']}, and stays: remove it to have the toy world's own")
+        return
     print(f"making {path}", flush=True)
+    write_note(path, {})  # until path is made, it is nobody's
     maker(path, **settings)
     write_note(path, note)
 
 
 def write_note(path: str, note: dict) -> None:
     write_whole(f"{path}.json", json.dumps(note, indent=1))
+
+
+def read_note(path: str) -> dict:
+    """What write_note wrote; empty where there is none."""
+    try:
+        with open(f"{path}.json") as f:
+            return dict(json.load(f))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
+        return {}
 
 
 def write_tokens(path: str, tokens) -> None:
@@ -89,12 +92,9 @@ def pad(rows: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([F.pad(row, (0, length - row.shape[-1]), value=BOS) for row in rows])
 
 
-def sampler(s, responses: int, purpose: int):
-    """Who makes a token file of n rows of so many stories of s.init."""
-    def maker(path, n, seed):
-        stories = spo.sample(load(s.init, s.device), n * responses, s, (purpose,)).cpu()
-        write_tokens(path, stories.view(n, responses, -1))
-    return maker
+def stories_of(writer: str, rows: int, n: int, s, purpose: int) -> torch.Tensor:
+    """Rows of n stories of the checkpoint writer -> tokens (rows, n, T)."""
+    return spo.sample(load(writer, s.device), rows * n, s, (purpose,)).cpu().view(rows, n, -1)
 
 
 def rank(stories: torch.Tensor, r: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -109,7 +109,6 @@ def rank(stories: torch.Tensor, r: torch.Tensor, generator: torch.Generator) -> 
 
 def toy(a) -> None:
     """The embedded world: the grammar's stories, the writer they train, its stories as an expert ranks them."""
-    os.makedirs(a.data, exist_ok=True)
     tokenizer = load_tokenizer(a.tokenizer, VOCAB)
     s = spo.get_args([*f"--algo sft --model {a.what} --seed {a.seed} --steps {a.sft_steps} {SFT}".split(),
                       "--data", a.data, "--init", f"{a.data}/init.pt", "--out", f"{a.data}/sft",
@@ -129,9 +128,9 @@ def toy(a) -> None:
         save(load(f"{s.out}/ckpt.pt"), path)
 
     def collect(path, rows, n, seed, purpose, taste):
-        stories = spo.sample(load(f"{a.data}/sft.pt", s.device), rows * n, s, (purpose,)).cpu()
-        r = expert(tokenizer.decode(stories.tolist()), taste).view(rows, n)
-        write_tokens(path, rank(stories.view(rows, n, -1), r, spo.rng(seed, purpose)))
+        stories = stories_of(f"{a.data}/sft.pt", rows, n, s, purpose)
+        r = expert(tokenizer.decode(stories.flatten(0, 1).tolist()), taste).view(rows, n)
+        write_tokens(path, rank(stories, r, spo.rng(seed, purpose)))
 
     world = [a.tokenizer, toyworld.__file__]
     make(f"{a.data}/stories.npy", write, world, n=a.stories, seed=2 * a.seed)
@@ -140,7 +139,7 @@ def toy(a) -> None:
          flags=SFT, **WRITER)
     wanted = [("ranked", a.pairs // 2, 4, RANKED), ("ref", a.ref, 1, REF)]
     if not a.source:
-        wanted += [("pairs", a.pairs, 2, PAIRS), ("heldout_pairs", a.pairs // 8, 2, HELDOUT)]
+        wanted += [("pairs", a.pairs, 2, PAIRS), ("heldout_pairs", max(1, a.pairs // 8), 2, HELDOUT)]
     for name, rows, n, purpose in wanted:
         make(f"{a.data}/{name}.npy", collect, [f"{a.data}/sft.pt", *world], rows=rows, n=n, seed=a.seed,
              purpose=purpose, taste=TASTES[s.judge])
@@ -251,7 +250,6 @@ def endpoints() -> dict:
 
 def published(a) -> None:
     """A checkpoint of the TinyStories models as data/<model>/sft.pt, and its tokenizer beside it."""
-    os.makedirs(a.data, exist_ok=True)
     for (url, size, digest), name in zip(PUBLISHED[a.what], ("sft.pt", "tokenizer.model")):
         fetch(url.format(**endpoints()), size, digest, f"{a.data}/{name}")
     args = load(f"{a.data}/sft.pt").args
@@ -427,7 +425,7 @@ def released(a) -> None:
     imported(a, folder)
 
 
-def preference(verdict, swapped) -> int | str:
+def filtered(verdict, swapped) -> int | str:
     """E.1's filter -> which story of the pair is better, 0 or 1, or why the pair is dropped."""
     if None in (verdict, swapped):
         return "invalid"
@@ -447,11 +445,14 @@ def made(a) -> None:
     tokenizer = load_tokenizer(a.tokenizer, args.vocab_size)
     judge = a.judge or ("llm" if s.judge == "reward" else s.judge)
 
-    make(f"{a.data}/made.npy", sampler(s, 2, MADE), [s.init], n=a.pairs, seed=a.seed)
+    def collect(path, n, seed):
+        write_tokens(path, stories_of(s.init, n, 2, s, MADE))
+
+    make(f"{a.data}/made.npy", collect, [s.init], n=a.pairs, seed=a.seed)
     rows = np.array(load_tokens(f"{a.data}/made.npy", args, (2,), 1))
     texts = [tuple(tokenizer.decode(row.astype(int).tolist())) for row in rows]
     verdicts = judge_pairs(texts, judge, f"{a.data}/verdicts.jsonl")
-    better = [preference(*both) for both in verdicts]
+    better = [filtered(*both) for both in verdicts]
     judge = os.environ["JUDGE_MODEL"] if judge == "llm" else judge
     counts = {reason: better.count(reason) for reason in ("inconsistent", "too close", "invalid")}
     kept = [i for i, which in enumerate(better) if which in (0, 1)]
@@ -484,7 +485,8 @@ def with_rewards(a) -> None:
         os.remove(f"{s.out}/ckpt.pt")  # three times the model's size
 
     if a.what in PUBLISHED:
-        make(f"{a.data}/ref.npy", sampler(s, 1, REF), [s.init], n=a.ref, seed=a.seed)
+        make(f"{a.data}/ref.npy", lambda path, n, seed: write_tokens(path, stories_of(s.init, n, 1, s, REF)),
+             [s.init], n=a.ref, seed=a.seed)
     make(f"{a.data}/reward.pt", fit, [s.init, f"{a.data}/pairs.npy"], steps=s.steps, seed=a.seed)
 
 
@@ -496,21 +498,28 @@ def main(argv=None) -> None:
     p.add_argument("--source", help="of pairs: made, released, or a .jsonl or .json file or a folder of them")
     p.add_argument("--judge", choices=JUDGES, help="who labels made pairs; default: toy: its expert, else llm")
     p.add_argument("--reward_steps", type=int, help="of fitting a reward model; default: toy: 0, else 1000")
-    p.add_argument("--seed", type=int, default=0, help="of the stories, the training and the sampling")
-    p.add_argument("--stories", type=int, default=20_000, help="stories of the grammar to learn from")
-    p.add_argument("--sft_steps", type=int, default=1000, help="steps of pre-training")
-    p.add_argument("--pairs", type=int, default=4000, help="pairs to make; half as many rows of four")
-    p.add_argument("--ref", type=int, default=2000, help="stories of the writer: to compare with, for SLiC-HF")
+    p.add_argument("--seed", type=int, help="of the stories, the training and the sampling")
+    p.add_argument("--stories", type=int, help="stories of the grammar to learn from")
+    p.add_argument("--sft_steps", type=int, help="steps of pre-training")
+    p.add_argument("--pairs", type=int, help="pairs to make; half as many rows of four")
+    p.add_argument("--ref", type=int, help="stories of the writer: to compare with, for SLiC-HF")
     a = p.parse_args(argv)
+    a.data = a.data or f"data/{a.what}"
+    a.tokenizer = a.tokenizer or (f"{a.data}/" if a.what in PUBLISHED else "") + "tokenizer.model"
+    if a.what == "tokenizer":
+        return train_tokenizer(a.tokenizer)
+    # what is not given is as the folder was made, so that a plain `make train` leaves it as it is
+    how = dict(seed=0, stories=20_000, sft_steps=1000, pairs=4000, ref=2000)
+    for known in read_note(f"{a.data}/settings"), vars(a):
+        how |= {name: n for name, n in known.items() if name in how and type(n) is int}
+    vars(a).update(how)
     if a.reward_steps is None:
         a.reward_steps = 1000 if a.what in PUBLISHED and a.source else 0
     for name, low in dict(stories=2, sft_steps=2, pairs=2, ref=2, reward_steps=0).items():
         if getattr(a, name) < low:
             p.error(f"--{name} is {getattr(a, name)}: it must be {low} or more")
-    a.data = a.data or f"data/{a.what}"
-    a.tokenizer = a.tokenizer or (f"{a.data}/" if a.what in PUBLISHED else "") + "tokenizer.model"
-    if a.what == "tokenizer":
-        return train_tokenizer(a.tokenizer)
+    os.makedirs(a.data, exist_ok=True)
+    write_note(f"{a.data}/settings", how)
     toy(a) if a.what.startswith("toy") else published(a)
     if a.source in ("made", "released"):
         dict(made=made, released=released)[a.source](a)

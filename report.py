@@ -36,9 +36,9 @@ GRID = {algo: [f"--algo {algo} {own} --lr {lr}" for own in settings for lr in ("
 
 
 def program(*argv: str) -> None:
-    """One of our programs, on one thread, its output kept for when it fails."""
+    """One of our programs, on one thread of the CPU, its output kept for when it fails."""
     done = subprocess.run([sys.executable, *argv], text=True, capture_output=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     if done.returncode:
         raise UserError(f"{' '.join(argv)} failed: {(done.stderr.splitlines() or ['killed'])[-1]}")
 
@@ -202,7 +202,7 @@ def estimators(checkpoint: str, batches: int = 400) -> str:
     The KL's gradient at a checkpoint from batches of R fresh stories, by Appendix D's token-wise KL and by the
     score function: bias and noise, relative to the true gradient's norm, from each half of the batches.
     """
-    s = spo.get_args(["--algo", "spo"])
+    s = spo.get_args(["--algo", "spo", "--device", "cpu"])
     policy, ref = load(checkpoint), load(s.init)
     gradients = {"token": [], "sequence": []}
     for i in range(batches):

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import textwrap
 
 import torch
@@ -74,7 +75,9 @@ def settings(losses: dict, argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--resume", action="store_true", default=False, help="go on from <out>/ckpt.pt")
     s = p.parse_args(argv)
 
-    s.rank, s.world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    s.rank, s.world = 0, 1
+    if torch.distributed.is_torchelastic_launched():
+        s.rank, s.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     reads = losses[s.algo][2]
     unread = {name for _, _, settings in losses.values() for name in settings} - reads.keys()
     for name in unread & vars(s).keys():
@@ -92,11 +95,14 @@ def settings(losses: dict, argv: list[str] | None) -> argparse.Namespace:
     if getattr(s, "kl", "") == "sequence" and s.R > (s.micro if s.world == 1 else 0):
         p.error("--kl sequence takes its R stories, each the others' baseline, in one piece: "
                 "R at most --micro, one process")
-    if s.compile and not shutil.which(cxx := os.environ.get("CXX", "g++")):
-        p.error(f"--compile needs a C++ compiler, and there is no {cxx}: install it, or leave --compile out")
+    header = sysconfig.get_path("include") + "/Python.h"
+    if s.compile and not (shutil.which(cxx := os.environ.get("CXX", "g++")) and os.path.exists(header)):
+        p.error(f"--compile needs a C++ compiler, {cxx}, and {header}: install them, or leave --compile out")
     if s.algo == "ipo" and s.beta == 0:
         p.error("--beta is 0: ipo's target margin is 1/(2 beta), so it must be above 0")
 
+    if s.judge == "llm":
+        s.judge_model = os.environ.get("JUDGE_MODEL")
     s.data = getattr(s, "data", f"data/{s.model}")
     s.init = getattr(s, "init", f"{s.data}/sft.pt")
     own = "tokenizer.model" if s.model.startswith("toy") else f"{s.data}/tokenizer.model"
@@ -172,6 +178,8 @@ def folder(s):
             raise UserError(f"another run is writing to {s.out}: wait for it, or give another --out.") from None
         except OSError as e:
             raise UserError(f"{s.out} cannot be written ({e.strerror}): give another --out.") from None
+        if s.world > 1:
+            torch.distributed.barrier()
         for name in names:
             held.callback(signal.signal, name, signal.signal(name, come))
         yield signals
@@ -239,7 +247,7 @@ def take_up(s, policy, optimizer):
     checkpoint = read_checkpoint(path, s.device)
     if not {"optimizer", "rollout"} | kinds.keys() <= checkpoint.keys():
         raise UserError(f"{path} is a model without its run: name it with --init instead.")
-    free = {"resume", "out", "device", "micro", "compile", "rank", "world"}
+    free = {"resume", "out", "device", "micro", "compile", "rank", "world", "data", "init", "tokenizer", "model"}
     free |= {"steps"} if s.algo != "sft" else set()  # a cosine knows its end
     try:
         assert all(type(checkpoint[name]) is kind for name, kind in kinds.items())

@@ -307,7 +307,7 @@ def take_in(s):
     judged = s.algo not in ("sft", "reward")
     other = dict(sft="heldout", reward="heldout_pairs").get(s.algo, "ref")
     others = load_tokens(f"{s.data}/{other}.npy", ref.args, (2,) if s.algo == "reward" else (1,),
-                         s.batch if judged else 1)
+                         s.batch if s.algo == "slic" else 1)
     files = [s.init, s.tokenizer, f"{s.data}/{file}.npy", f"{s.data}/{other}.npy"]
     files += [f"{s.data}/reward.pt"] * (judged and s.judge == "reward")
     s.inputs = "".join(sha256(path)[:4] for path in files)
@@ -376,7 +376,7 @@ def minimise(s, signals, ref, policy, data, others, judge):
     ref_logp = (data_logp(ref, data, s) if s.algo in ("dpo", "ipo") else
                 torch.zeros(data.shape[:2], device=s.device))
     first, began, rollout = step, time.perf_counter(), []
-    print("  step     loss     pref     kl  margin   acc       lr     ms  tok/s   left")
+    print("  step     loss     pref     kl  margin   acc       lr     ms  tok/s   left", flush=True)
     while True:
         # 0. what is done so far is saved, then evaluated: so a kill in between loses nothing
         stop = step > first and bool(sum_of_ranks(torch.tensor(len(signals), device=s.device), s))
