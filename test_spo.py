@@ -834,7 +834,7 @@ def test_every_algorithm_starts_at_the_reference_moves_and_resumes(world, tmp_pa
 def test_train_minimises_what_it_says(world, tmp_path, algo):
     """The first logged loss from its formula, each from its parts, and the better response gaining."""
     more = {"sft": ["--init", f"{world}/init.pt"], "weighted spo": ["--gamma", "0.05"]}.get(algo, [])
-    flags = ["--algo", algo.removeprefix("weighted "), *more, "--steps", "40", "--log_every", "1", "--lr", "3e-3",
+    flags = ["--algo", algo.removeprefix("weighted "), *more, "--steps", "24", "--log_every", "1", "--lr", "5e-3",
              "--eval_every", "100"]
     log = [r for r in run(world, tmp_path / "a", *flags) if "loss" in r]
     s = spo.get_args([*SHORT, *flags, "--data", world])
