@@ -59,6 +59,13 @@ def memory(a) -> str:
     return f"{(torch.cuda.max_memory_allocated() if a.device == 'cuda' else used) >> 20} MiB"
 
 
+def stories(vocab_size, *shape):
+    """Random tokens as in a token file, uint16 of that shape, that never close."""
+    y = np.random.default_rng(0).integers(2, vocab_size, shape, np.uint16)
+    y[..., 0] = BOS
+    return y
+
+
 class Endless:
     """A model that never closes a story."""
     def __init__(self, model):
@@ -91,12 +98,8 @@ def bench(a) -> None:
               f"{tokens * flop / middle / peak:8.1%} {memory(a):>12}", flush=True)
         return middle
 
-    def stories(*shape):
-        y = np.random.default_rng(0).integers(2, args.vocab_size, (*shape, length), np.uint16)
-        y[..., 0] = BOS
-        return y
-
-    data, others, ref_logp = stories(pairs, 2), stories(pairs, 1), torch.zeros(pairs, 2, device=a.device)
+    data, others = (stories(args.vocab_size, pairs, n, length) for n in (2, 1))
+    ref_logp = torch.zeros(pairs, 2, device=a.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, fused=True)
     read = pairs * 2 * (length - 1)
 
@@ -113,7 +116,7 @@ def bench(a) -> None:
     dpo = show("preference step, ref log-probs known", measure(lambda: step(s), a), read)
     show("SLiC-HF step", measure(lambda: step(algos["slic"]), a), read * 3 // 2)
     ref = Transformer(ModelArgs(**shape)).to(a.device).requires_grad_(False)
-    y = torch.from_numpy(stories(s.R).astype(int)).to(a.device)
+    y = torch.from_numpy(stories(args.vocab_size, s.R, length).astype(int)).to(a.device)
     rollout = list(spo.read_by(ref, y, s))
     kl = show("SPO's KL on R rollouts", measure(lambda: step(s, ref, rollout, False), a), s.R * (length - 1))
     bos = torch.ones(s.R, 1, dtype=torch.long, device=a.device)
@@ -141,7 +144,7 @@ def bench(a) -> None:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
 
-    half = torch.from_numpy(stories(32)[:, :length // 2].astype(int)).to(a.device)
+    half = torch.from_numpy(stories(args.vocab_size, 32, length // 2).astype(int)).to(a.device)
     with torch.no_grad(), spo.autocast(s):
         for n in a.batches:
             bos = torch.ones(n, 1, dtype=torch.long, device=a.device)
