@@ -856,6 +856,10 @@ def test_train_minimises_what_it_says(world, tmp_path, algo):
         "slic": lambda: (10 - w + l).clamp(min=0), "sft": lambda: -w, "reward": lambda: zero + math.log(2),
     }[algo]().mean().item()
     assert log[0]["pref"] == pytest.approx(expected, rel=1e-5)
+    if algo != "sft":
+        margin = zero if algo == "reward" else w - other.amax(1)  # a reward model begins with ties: not right
+        assert log[0]["margin"] == pytest.approx(margin.mean().item(), rel=1e-4)
+        assert log[0]["accuracy"] == (margin > 0).float().mean().item()
     for r in log:
         if "R" in s:
             assert r["loss"] == pytest.approx(r["pref"] + beta * r["kl"], rel=1e-5)
@@ -903,7 +907,7 @@ def test_the_gradient_in_pieces_is_the_whole_one(world, flags):
 
 def test_two_processes_are_one(world, tmp_path):
     """Losses, evaluations and parameters; and what two began, one goes on with."""
-    flags = ["--gamma", "0.1", "--k", "3", "--log_every", "1"]
+    flags = ["--gamma", "0.1", "--k", "3", "--R", "7", "--log_every", "1"]
     argv = [*SHORT, *flags, "--data", world, "--lr", "1e-3", "--steps", "5", "--out", str(tmp_path / "two")]
     log = run(world, tmp_path / "one", *flags)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -934,7 +938,7 @@ def test_bfloat16_is_near_float32_and_starts_at_the_reference(world, tmp_path):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_five_in_a_row_stop(world, tmp_path, monkeypatch, capsys):
-    real, bad = spo.preference, {1, 4, 5}
+    real, bad = spo.preference, {1, 4, 5, 7, 8}
 
     def preference(policy, data, ref_logp, s, step):
         terms = real(policy, data, ref_logp, s, step)
@@ -944,7 +948,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_five_in_a_row_stop(world, tmp_
 
     monkeypatch.setattr(spo, "preference", preference)
     log = run(world, tmp_path / "a", "--log_every", "1")
-    assert [r["skipped"] for r in log if "loss" in r] == [0, 1, 1, 1, 2, 3, 3, 3, 3, 3]
+    assert [r["skipped"] for r in log if "loss" in r] == [0, 1, 1, 1, 2, 3, 3, 4, 5, 5]
     assert "step 4 is skipped" in capsys.readouterr().out and weights(tmp_path / "a/ckpt.pt").isfinite().all()
     bad = set(range(6, 11))
     with pytest.raises(model.UserError, match="in steps 6 to 10: begin anew .*ckpt.pt"):
@@ -1004,6 +1008,8 @@ def test_variables_of_another_launcher_and_a_full_gpu(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "node0")
     assert spo.get_args([]).world == 1
+    monkeypatch.setenv("JUDGE_MODEL", "a model")  # a run is not gone on with by another
+    assert spo.get_args(["--judge", "llm"]).judge_model == "a model"
 
     def full():
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -1070,7 +1076,7 @@ def test_evaluation_against_a_slow_loop(world, tmp_path):
 
 
 def test_best_is_the_model_of_the_peak(world, tmp_path, monkeypatch):
-    wins = [0.4, 0.55, 0.6, 0.5]
+    wins = [0.4, 0.6, 0.6, 0.5]  # popped from the end; of two equal ones the first is the peak
     monkeypatch.setattr(evaluate, "win_rate", lambda r, r_ref: (wins.pop(), 0.01))
     run(world, tmp_path / "a", "--eval_every", "2", "--steps", "6")
     best = weights(tmp_path / "a/best.pt")
@@ -1144,6 +1150,9 @@ def test_rollouts_every_k_steps_and_the_reference_reads_each_once(world, tmp_pat
     assert sampled == list(range(0, 10, k))
     by_reference = [m for m in read if not next(m.parameters()).requires_grad]
     assert len(by_reference) == len(sampled)
+    sampled.clear()
+    run(world, tmp_path / "b", "--beta", "0", "--steps", "2")
+    assert not sampled  # for nothing
 
 
 def test_data_are_made_once_and_anew_when_settings_change(world, tmp_path, capsys):
@@ -1356,6 +1365,19 @@ def test_the_first_signal_finishes_the_step_and_saves(world, tmp_path, when, num
     assert torch.load(tmp_path / "a/ckpt.pt")["step"] == step
     resumed = run(world, tmp_path / "a", "--steps", str(step + 1), "--eval_every", "100000", "--resume")
     assert resumed[-1]["step"] == step + 1
+
+
+def test_a_signal_before_the_first_step_finishes_one(world, tmp_path, monkeypatch):
+    real = spo.folder
+
+    @contextlib.contextmanager
+    def folder(s):
+        with real(s) as signals:
+            signals.append(signal.SIGTERM)
+            yield signals
+
+    monkeypatch.setattr(spo, "folder", folder)
+    assert run(world, tmp_path / "a")[-1]["step"] == 1 == torch.load(tmp_path / "a/ckpt.pt")["step"]
 
 
 def test_the_second_signal_leaves_at_once(world, tmp_path):
@@ -1684,6 +1706,12 @@ def test_a_reward_model_learns_a_planted_taste(world, tmp_path):
     for path, scalar in ((tmp_path / "data/reward.pt", False), (tmp_path / "data/sft.pt", True)):
         with pytest.raises(model.UserError, match="do not fit"):  # a reward model is no writer, nor the other way round
             model.load(path, scalar=scalar)
+    s = with_judge(str(tmp_path / "data"), "reward")
+    spo.take_in(s)
+    before = s.inputs
+    model.save(fitted, tmp_path / "data/reward.pt", other=1)
+    spo.take_in(s)
+    assert s.inputs != before  # a run is not gone on with when its judge is another
     alone = evaluate.story_reward(fitted, row[:, :11], mask[:1, 0, :11])
     assert torch.allclose(alone, evaluate.story_reward(fitted, y[:, 0], mask[:, 0])[:1], atol=1e-4)
 
