@@ -1192,6 +1192,8 @@ def test_data_are_made_once_and_anew_when_settings_change(world, tmp_path, capsy
     before = times()
     prepare_data.main(["toy", "--data", world, *TINY_WORLD])
     assert times() == before
+    told, heldout = (np.load(f"{world}/{name}.npy")[:50, 0, :20] for name in ("stories", "heldout"))
+    assert (told != heldout).any(1).sum() > 40
     copy = str(tmp_path / "copy")
     prepare_data.main(["toy", "--data", copy, *TINY_WORLD])  # reproducible from the seed
     for name in ("stories", "pairs", "ranked", "ref"):
@@ -1204,6 +1206,24 @@ def test_data_are_made_once_and_anew_when_settings_change(world, tmp_path, capsy
     assert "making" not in capsys.readouterr().out and len(np.load(f"{copy}/pairs.npy")) == 40
     prepare_data.main(["toy", "--data", copy, "--pairs", "3"])
     assert len(np.load(f"{copy}/pairs.npy")) == 3 and len(np.load(f"{copy}/heldout_pairs.npy")) == 1
+
+
+def test_what_a_killed_maker_left_is_made_again(tmp_path):
+    path, made = f"{tmp_path}/x", []
+
+    def maker(path, n):
+        made.append(n)
+        with open(path, "w") as f:
+            f.write(str(n))
+        if n == 2 and len(made) == 2:
+            raise KeyboardInterrupt
+
+    prepare_data.make(path, maker, [], n=1)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data.make(path, maker, [], n=2)
+    prepare_data.make(path, maker, [], n=1)  # the note of the first time would pass the second's file for this
+    prepare_data.make(path, maker, [], n=1)
+    assert made == [1, 2, 1] and open(path).read() == "1"
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1673,7 +1693,7 @@ def test_win_rate_by_the_endpoint(endpoint, tmp_path):
                         "ill" in q and q.index("ill") > q.index("\n5") else by_scores(q)]
     pairs = [("8 a", "5"), ("8 b", "5"), ("2", "5"), ("5", "5"), ("8 c", "5"), ("8 d", "5"), ("9 bad", "5"), ("9 ill", "5")]
     found = evaluate.llm_win_rate(evaluate.judge_pairs(pairs, "llm", tmp_path / "verdicts.jsonl"))
-    assert found["win"] == (4 + 0 + 0.5) / 6 and found["ties"] == 1 and found["invalid"] == 2
+    assert found["win"] == (4 + 0 + 0.5) / 6 and found["ties"] == 1 and found["invalid"] == 2 and found["n"] == 8
     assert found["win_se"] == pytest.approx(np.std([1, 1, 1, 1, 0, 0.5], ddof=1) / 6 ** 0.5)
     evaluate.judge_pairs(pairs, "llm", tmp_path / "verdicts.jsonl")
     assert len(endpoint.asked) == 15  # of two stories alike, both orders are one question; and nothing is asked twice
@@ -1826,6 +1846,8 @@ def test_files_are_imported(world, tmp_path, capsys):
     assert "103 rows; 1 with the same story twice and 1 duplicates dropped" in out and "1 stories cut at 100" in out
     train, held = (np.load(f"{data}/{name}.npy") for name in ("pairs", "heldout_pairs"))
     assert len(train) + len(held) == 101 and 0 < len(held) < 20 and train.dtype == np.uint16
+    padded = (np.pad(row, ((0, 0), (0, 9)), constant_values=BOS) for row in held)  # the rule does not see it
+    assert all(prepare_data.held_out(row[::-1]) for row in padded) and not any(map(prepare_data.held_out, train))
     found = {tuple(tokenizer.decode(row.astype(int).tolist())) for row in np.concatenate([train, held])}
     assert {(x["chosen"], x["rejected"]) for x in pairs[:100]} <= found
     assert any(a.startswith("Once a a") and b == "Once b" for a, b in found)  # the prompt begins both
@@ -1840,6 +1862,10 @@ def test_files_are_imported(world, tmp_path, capsys):
     again, out = (np.load(f"{data}/{name}.npy") for name in ("pairs", "heldout_pairs"))
     assert {row.tobytes() for row in again} <= {row.tobytes() for row in train}
     assert {row.tobytes() for row in out} <= {row.tobytes() for row in held} and len(again) + len(out) == 100
+    (tmp_path / "few.json").write_text(json.dumps(shown[:3]))
+    prepare_data.main(["toy", *TINY_WORLD, "--data", data, "--source", str(tmp_path / "few.json")])
+    assert len(np.load(f"{data}/heldout_pairs.npy")) == 1  # though no hash says so
+    prepare_data.main(["toy", *TINY_WORLD, "--data", data, "--source", str(tmp_path / "shards")])
     # and training takes them, after `make data` once more; the expert's own come back when they are removed
     prepare_data.main(["toy", *TINY_WORLD, "--data", data])
     assert "shards, and stays" in capsys.readouterr().out
