@@ -587,6 +587,7 @@ def test_steps_of_fixed_shape_are_the_full_forward(kv):
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_compiled_sampling_is_the_same():
     m, prompt = tiny(8, n_kv_heads=1), torch.tensor([[BOS, 2, 3]] * 20)
     with torch.no_grad():
