@@ -1294,7 +1294,8 @@ MALFORMED = {  # which file, and what is wrong with it: bytes -> bytes, or a che
                    with_args(dim=10 ** 9), with_args(n_layers=10 ** 9), with_args(vocab_size=10 ** 12), with_args(n_heads=0),
                    with_args(n_heads=7), with_args(multiple_of=10 ** 9), with_args(max_seq_len=10 ** 12),
                    with_args(max_seq_len=-1), with_args(max_seq_len=0), with_args(norm_eps="x"), with_args(n_heads=64),
-                   with_weight(lambda w: w[:1].expand(64)), with_args(norm_eps=math.nan), with_args(dim="64"), with_args(n_kv_heads=3), with_args(n_layers=-1),
+                   with_weight(lambda w: w[:1].expand(64)), with_args(norm_eps=math.nan),
+                   with_args(dim="64"), with_args(n_kv_heads=3), with_args(n_layers=-1),
                    with_weight(lambda w: w * math.nan), with_weight(lambda w: w / 0), with_weight(lambda w: w[:-1]),
                    with_weight(lambda w: None), with_weight(str)],
     "tokenizer.model": [lambda b: b"", lambda b: b[:-1000], lambda b: b"\0" * 999, lambda b: b"{}", lambda b: b[::-1]],
@@ -1339,7 +1340,8 @@ def test_damaged_bytes_are_read_or_refused(world, tmp_path, capsys):
     rng = random.Random(0)
     good = json.dumps(dict(chosen="A story.", rejected="Another \u20ac."))
     other = json.dumps(dict(story1="a", story2="b", label="2"))
-    kinds = {"p.jsonl": f"{good}\n{other}\n{good[::-1]}\n".encode()[:-len(good) - 1] * 3, "p.json": f"[{good}, {other}]".encode(),
+    kinds = {"p.jsonl": f"{good}\n{other}\n{good[::-1]}\n".encode()[:-len(good) - 1] * 3, 
+             "p.json": f"[{good}, {other}]".encode(),
              **{name: open(f"{where}/{name}", "rb").read() for name, where in
                 (("sft.pt", world), ("pairs.npy", world), ("tokenizer.model", HERE))}}
     args = model.load(f"{world}/sft.pt").args
@@ -1502,7 +1504,8 @@ def test_fetch_the_right_file_once_and_go_on_after_a_cut(mirror, tmp_path):
     [(200, {"ETag": '"a"'}, BODY[::-1], 9), (416, {}, b"", None), RIGHT],  # what is here is not to be gone on with
     [(200, {"ETag": 'W/"a"'}, BODY[::-1], 9), (200, {"ETag": 'W/"a"'}, BODY, None)],  # a weak tag promises nothing
     [(200, {}, BODY, 9), (200, {}, BODY, None)],   # no entity tag: likewise
-    [(429, {"Retry-After": "0"}, b"", None), (429, {"Retry-After": "\u00b2"}, b"", None), (425, {}, b"", None), (500, {}, b"", None), RIGHT],
+    [(429, {"Retry-After": "0"}, b"", None), (429, {"Retry-After": "\u00b2"}, b"", None),
+     (425, {}, b"", None), (500, {}, b"", None), RIGHT],
 ])
 def test_fetch_gets_over_passing_trouble(mirror, tmp_path, replies):
     mirror.replies = replies
@@ -1513,7 +1516,8 @@ def test_fetch_gets_over_passing_trouble(mirror, tmp_path, replies):
 @pytest.mark.parametrize("reply, words, tries", [
     ((404, {}, b"", None), "answers 404", 1), ((410, {}, b"", None), "answers 410", 1), ((403, {}, b"", None), "403", 1),
     ((500, {}, b"", None), "answers 500", 5), ((429, {"Retry-After": "0"}, b"", None), "answers 429", 5),
-    ((200, {}, BODY[::-1], None), "sha256", 1), ((200, {}, 9 * BODY, None), "sha256", 1), ((200, {}, BODY[:-1], None), "299999 bytes", 1),
+    ((200, {}, BODY[::-1], None), "sha256", 1), ((200, {}, 9 * BODY, None), "sha256", 1),
+    ((200, {}, BODY[:-1], None), "299999 bytes", 1),
     ((200, {}, b"<!doctype html><p>log in</p>", None), "a web page", 1), ((200, {}, BODY, 7), "cut after 7 of", 5),
 ])
 def test_fetch_never_puts_a_wrong_file_in_place(mirror, tmp_path, reply, words, tries):
@@ -1615,7 +1619,8 @@ def test_the_endpoint_is_asked_and_understood(endpoint):
     lambda q: verdict_text(mark_of(q), 7, 4, 2),                                        # prefers what it scores less
     lambda q: verdict_text(mark_of(q), 7, 11, 2), lambda q: verdict_text(mark_of(q), 7, 4, 3),
     lambda q: verdict_text(mark_of(q), 7, 4, 1) + verdict_text(mark_of(q), 4, 7, 2),    # says both
-    lambda q: verdict_text(mark_of(q), -7, 4, 2), lambda q: verdict_text("#00000000", 7, 4, 1), lambda q: verdict_text(mark_of(q), 7, 4, 1).replace("better", "other"),
+    lambda q: verdict_text(mark_of(q), -7, 4, 2), lambda q: verdict_text("#00000000", 7, 4, 1),
+    lambda q: verdict_text(mark_of(q), 7, 4, 1).replace("better", "other"),
 ])
 def test_what_is_no_verdict_is_invalid(endpoint, reply):
     endpoint.replies, began = [reply], time.perf_counter()
@@ -1911,7 +1916,8 @@ GOOD = json.dumps(dict(chosen="A story.", rejected="Another."))
     (b'{"responses": ["a"]}', "fewer than two"), (b'{"responses": ["a", "b"], "best": 2}', "best is 2"),
     (b'{"responses": ["a", "b"], "best": "0"}', "best"), (b'{"responses": ["a", "b"], "best": -1}', "best"),
     (b'{"responses": ["a", "b"]}\n{"responses": ["a", "b", "c"]}', "line 3: it has 3 responses, those before it 2"),
-    (b'{"responses": [' + b'"a",' * 99 + b'"a"]}', "more than 99"), (b'{"responses": ["a", null]}', "not a string"), (b'{"responses": "ab"}', "neither"),
+    (b'{"responses": [' + b'"a",' * 99 + b'"a"]}', "more than 99"),
+    (b'{"responses": ["a", null]}', "not a string"), (b'{"responses": "ab"}', "neither"),
 ])
 def test_malformed_lines_are_refused_by_number_and_reason(world, tmp_path, capsys, line, words):
     data = copy_of(world, tmp_path)
@@ -1924,7 +1930,8 @@ def test_malformed_lines_are_refused_by_number_and_reason(world, tmp_path, capsy
 
 
 @pytest.mark.parametrize("name, body, words", [
-    ("none.jsonl", None, "none.jsonl"), ("p.json", b"{", "its text"), ("p.json", b"3", "its text"), ("p.json", b"{}", "no preferences"),
+    ("none.jsonl", None, "none.jsonl"), ("p.json", b"{", "its text"), ("p.json", b"3", "its text"),
+    ("p.json", b"{}", "no preferences"),
     ("p.jsonl", b"", "no preferences"), ("p.jsonl", GOOD.encode(), "only 1 different"), ("p.json", b"[3]", "item 1"),
 ])
 def test_files_that_hold_nothing(world, tmp_path, capsys, name, body, words):
@@ -1959,7 +1966,8 @@ def test_the_release_under_its_second_spelling(world, tmp_path, mirror, monkeypa
 @pytest.mark.parametrize("replies, words", [
     ([(410, {}, b"", None)], "answers 410"), ([(404, {}, b"", None)], "answers 404"),
     ([(200, {}, b"<html>", None)], "cannot be read"), ([(200, {}, b"[]", None)], "lists no .json file"),
-    ([(200, {}, b"{}", None), (200, {}, b'[{"name": "../a.json", "size": 5}]', None), (200, {}, b"[]", None)], "2 bytes, not the 5"),
+    ([(200, {}, b"{}", None), (200, {}, b'[{"name": "../a.json", "size": 5}]', None),
+      (200, {}, b"[]", None)], "2 bytes, not the 5"),
 ])
 def test_a_dead_release_says_so_and_what_else_there_is(world, tmp_path, mirror, monkeypatch, replies, words):
     monkeypatch.setenv("RELEASE_ENDPOINT", mirror.url)
