@@ -836,7 +836,7 @@ def test_every_algorithm_starts_at_the_reference_moves_and_resumes(world, tmp_pa
 def test_train_minimises_what_it_says(world, tmp_path, algo):
     """The first logged loss from its formula, each from its parts, and the better response gaining."""
     more = {"sft": ["--init", f"{world}/init.pt"], "weighted spo": ["--gamma", "0.05"]}.get(algo, [])
-    flags = ["--algo", algo.removeprefix("weighted "), *more, "--steps", "24", "--log_every", "1", "--lr", "5e-3",
+    flags = ["--algo", algo.removeprefix("weighted "), *more, "--steps", "42", "--log_every", "1", "--lr", "5e-3",
              "--eval_every", "100"]
     log = [r for r in run(world, tmp_path / "a", *flags) if "loss" in r]
     s = spo.get_args([*SHORT, *flags, "--data", world])
@@ -873,7 +873,7 @@ def test_train_minimises_what_it_says(world, tmp_path, algo):
         nll = -spo.seq_logp(ref, z, spo.story_mask(z)).mean().item()
         assert log[0]["loss"] - expected == pytest.approx(beta * nll, rel=1e-4)
     # the loss of the last steps is below that of the first, and the better response gains on the others
-    early, late = log[:6], log[-6:]
+    early, late = log[:6], log[-6:]  # passes over the same 48 pairs
     assert np.mean([r["pref"] for r in late]) < np.mean([r["pref"] for r in early])
     assert algo == "sft" or np.mean([r["margin"] for r in late]) > np.mean([r["margin"] for r in early])
 
@@ -1132,6 +1132,19 @@ def test_the_best_is_saved_before_its_win_rate_is(world, tmp_path, monkeypatch):
     assert peak(tmp_path / "a")["step"] == 0 and os.path.exists(tmp_path / "a/best.pt")
 
 
+def test_the_gradient_is_clipped_at_norm_1(world, tmp_path, monkeypatch):
+    norms, real = [], torch.optim.AdamW.step
+
+    def step(optimizer):
+        gradient = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat(gradient).norm().item())
+        return real(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run(world, tmp_path / "a", "--steps", "4")
+    assert norms == pytest.approx([1] * 4, abs=1e-3)
+
+
 def test_schedule_and_batches(world):
     s = spo.get_args("--steps 100 --warmup 10 --lr 1".split())
     assert [spo.learning_rate(s, t) for t in (0, 4, 9, 10, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1])
@@ -1149,6 +1162,9 @@ def test_another_seed_gives_other_numbers_and_gamma_weights(world, tmp_path):
     losses = [[r["loss"] for r in run(world, tmp_path / name, *flags) if "loss" in r]
               for name, flags in dict(a=[], b=["--seed", "1"], c=["--gamma", "0.1"]).items()]
     assert losses[0] != losses[1] and losses[0] != losses[2]
+    s, other = (spo.get_args([*SHORT, "--seed", seed]) for seed in "01")
+    assert not torch.equal(spo.batch_rows(48, s, spo.BATCH, 0), spo.batch_rows(48, other, spo.BATCH, 0))
+    assert not torch.equal(spo.sample(tiny(30), 9, s, (spo.EVAL, 0)), spo.sample(tiny(30), 9, other, (spo.EVAL, 0)))
     run(world, tmp_path / "a", "--steps", "2")  # the first run moved aside
     assert [r["loss"] for r in read_log(tmp_path / "a.1") if "loss" in r] == losses[0]
 
@@ -1234,6 +1250,7 @@ def test_what_a_killed_maker_left_is_made_again(tmp_path):
     ("--algo sft --beta 1", "beta is not read by sft"),
     ("--alpha -1", "alpha is -1"), ("--alpha nan", "alpha is nan"), ("--beta -0.1", "beta is -0.1"),
     ("--algo ipo --beta 0", "beta is 0"), ("--R 0", "R is 0"), ("--k 0", "k is 0"), ("--steps ten", "steps"),
+    ("--eval_stories 1", "eval_stories is 1"),
     ("--batch 100", "fewer than --batch 100"), ("--nonsense 1", "nonsense"), ("--max_new 129", "128 tokens at most"),
     ("--kl sequence --R 9 --micro 4", "in one piece"), ("--device nowhere", "nowhere"), ("--lr 1e30", "not finite"),
     ("--init nowhere.pt", "nowhere.pt is not there"), ("--init {tmp}/cut.pt", "cut.pt cannot be read"),
