@@ -157,14 +157,12 @@ def ask(question: str) -> str:
                         "JUDGE_MODEL and, where the endpoint wants one, OPENAI_API_KEY.")
     body = json.dumps(dict(model=model, temperature=0, messages=[dict(role="user", content=question)])).encode()
     headers = {"Content-Type": "application/json", "User-Agent": "spo"}
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
     opener = urllib.request.build_opener(NoRedirect)
     url = f"{url.rstrip('/')}/chat/completions"
 
     def attempt():
-        request = urllib.request.Request(url, body, headers)
-        if key:
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
-        with opener.open(request, timeout=TIMEOUT) as response:
+        with opener.open(urllib.request.Request(url, body, headers), timeout=TIMEOUT) as response:
             return body_of(response, 1 << 24)
 
     reply = patiently(url, attempt, {

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import types
+import urllib.error
 
 import numpy as np
 import pytest
@@ -672,6 +673,7 @@ def test_a_checkpoint_of_llama2c_loads_and_exports(tmp_path):
     torch.save({"model": {f"_orig_mod.{name}": w for name, w in m.state_dict().items()}, "model_args": args,
                 "config": {"device": "cuda"}, "iter_num": 7, "best_val_loss": torch.tensor(1.0)}, tmp_path / "c.pt")
     loaded = model.load(tmp_path / "c.pt")
+    assert loaded.hidden_dim == 44 and tiny(hidden_dim=24).layers[0].feed_forward.w1.weight.shape == (24, 16)
     names = set(loaded.state_dict())
     assert names >= {"tok_embeddings.weight", "output.weight", "norm.weight", "layers.1.attention.wk.weight",
                      "layers.1.feed_forward.w3.weight", "layers.1.attention_norm.weight", "layers.1.ffn_norm.weight"}
@@ -1272,7 +1274,7 @@ def test_wrong_input_is_one_sentence_and_status_2(world, tmp_path, capsys, flags
     torch.save(checkpoint | {"model_args": checkpoint["model_args"] | {"dim": 32}}, tmp_path / "misfit.pt")
     torch.save(checkpoint | {"model_args": None}, tmp_path / "noargs.pt")
     (tmp_path / "empty.pt").write_bytes(b"")
-    for name, shape in dict(four=(9, 4, 20), long=(9, 2, 200), none=(0, 2, 20)).items():
+    for name, shape in dict(four=(9, 4, 20), long=(9, 2, 130), none=(0, 2, 20)).items():
         shutil.copytree(world, tmp_path / name)
         np.save(tmp_path / name / "pairs.npy", np.ones(shape, np.uint16))
     before = sorted(os.listdir(tmp_path))
@@ -1410,8 +1412,9 @@ def test_what_cannot_be_resumed_is_refused(world, tmp_path):
     with pytest.raises(model.UserError, match="at step 2 already"):
         run(str(copy), tmp_path / "c", "--resume", "--steps", "1")
     whole = torch.load(tmp_path / "c/ckpt.pt")
-    for name, value in dict(settings=None, step="2", skipped=None, rollout=7, window=[1], optimizer={}, model={},
-                            rng=1).items():
+    for name, value in [("settings", None), ("step", "2"), ("skipped", None), ("rollout", 7), ("window", [1]),
+                        ("rollout", torch.full((8, 9), -1)), ("rollout", torch.full((8, 9), 640)), ("optimizer", {}),
+                        ("model", {}), ("rng", 1)]:
         torch.save(whole | {name: value}, tmp_path / "c/ckpt.pt")
         if name != "rng":
             with pytest.raises(model.UserError, match="not what a run of"):
@@ -1507,7 +1510,7 @@ def test_fetch_the_right_file_once_and_go_on_after_a_cut(mirror, tmp_path):
     mirror.replies = [CUT, RIGHT]
     fetch()
     assert open(path, "rb").read() == BODY and os.listdir(tmp_path) == ["sft.pt"]
-    assert [h.get("Range") for _, h in mirror.asked] == [None, "bytes=100000-"]
+    assert [h.get("Range") for _, h in mirror.asked] == [None, "bytes=100000-"] and "If-Range" in mirror.asked[1][1]
     fetch()
     assert len(mirror.asked) == 2  # the file that is there and right is not fetched again
     (tmp_path / "sft.pt").write_bytes(BODY[::-1])
@@ -1667,6 +1670,22 @@ def test_a_story_cannot_move_its_verdict(endpoint, attack):
     assert evaluate.llm_verdict("7 " + attack, "4 " + attack) == (7, 4, 1)
     assert evaluate.llm_verdict("4 " + attack, "7") == (4, 7, 2)
     assert attack in endpoint.asked[0][2]  # and it is shown as it is
+
+
+def test_pauses_double_and_have_an_end(monkeypatch):
+    def trouble(status, **headers):
+        return urllib.error.HTTPError("x", status, "", {name.replace("_", "-"): x for name, x in headers.items()}, None)
+
+    replies, slept = [OSError(), trouble(500), trouble(429, Retry_After="9999"), trouble(503), "there"], []
+
+    def attempt():
+        if isinstance(reply := replies.pop(0), Exception):
+            raise reply
+        return reply
+
+    monkeypatch.setattr(evaluate, "PAUSE", 2.0)
+    monkeypatch.setattr(evaluate.time, "sleep", slept.append)
+    assert evaluate.patiently("http://x", attempt, {None: ""}) == "there" and slept == [2, 4, 60, 16]
 
 
 @pytest.mark.parametrize("status, words", [
@@ -1855,6 +1874,10 @@ def test_made_by_the_expert(world, tmp_path, capsys):
     lines = [json.loads(line) for line in open(f"{data}/made.jsonl")]
     assert 0 < len(lines) < 60 and "judged by expert" in capsys.readouterr().out
     assert all(toyworld.score(x["chosen"]) >= toyworld.score(x["rejected"]) + 3 for x in lines)
+    rows = np.concatenate([np.load(f"{data}/{name}.npy") for name in ("pairs", "heldout_pairs")]).astype(int)
+    tokenizer = evaluate.load_tokenizer(f"{HERE}/tokenizer.model", 640)
+    found = {tuple(tokenizer.decode(row.tolist())) for row in rows}  # best first there too
+    assert found == {(x["chosen"], x["rejected"]) for x in lines}
 
 
 def test_files_are_imported(world, tmp_path, capsys):
