@@ -1008,7 +1008,7 @@ def test_an_earlier_run_moves_aside_and_partial_files_are_cleaned(world, tmp_pat
     assert "is now in" in capsys.readouterr().out and (tmp_path / "a[1].1/log.jsonl").read_text() == log
     run(world, out, "--steps", "2")
     assert (tmp_path / "a[1].2/ckpt.pt").exists()
-    (out / "ckpt.pt.part").write_bytes(b"half")
+    (out / "old.pt.part").write_bytes(b"half")
     with open(out / "log.jsonl", "a") as f:
         f.write('{"step": 3, "lo')  # as a kill leaves them
     assert run(world, out, "--resume")[-1]["step"] == 10 and not list(out.glob("*.part"))
