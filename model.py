@@ -1,12 +1,17 @@
 """
 A compact Llama with llama2.c's parameter names, so that its published checkpoints load as they are.
 
-    model = load("stories15M.pt")
-    logits = model(tokens)                              # (B, T) -> (B, T, V), every position
-    tokens = generate(model, bos, max_new_tokens=255)   # cached sampling, one token a step
+    model = load("stories15M.pt")                           # or a version-0 .bin of llama2.c
+    logits = model(tokens)                                  # (B, T) -> (B, T, V), all positions
+    tokens = generate(model, prompt, max_new_tokens=255)    # sampling with a key-value cache
+
+As a program it prints samples:
+
+    python model.py CHECKPOINT --tokenizer tokenizer.model --prompt "Once" -n 3 --temperature 0.8
 """
+import argparse
 import contextlib
-import ctypes
+import hashlib
 import math
 import os
 import struct
@@ -18,35 +23,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-BOS = 1  # delimits stories: each begins with it and is closed by it (no EOS was ever trained)
+BOS = 1  # delimits samples: each begins with it and ends with it (no EOS was ever trained)
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text is one sentence: what was found, where, what to do."""
+    """A mistake the user can correct. Its text is one sentence: what was found, where, what to do."""
 
 
-def cli(main) -> None:
-    """Runs a program; the user's mistake is one sentence and exit status 2, Ctrl-C is exit status 130."""
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc gives large tensors' memory back to the kernel, and takes it again page by page: a fifth of a
-        # step of the 15M model. M_MMAP_MAX = 0 and a high M_TRIM_THRESHOLD have it keep what it has.
-        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
-    try:
-        return main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full: take fewer stories at a time (--micro, MICRO=).", file=sys.stderr)
-    except OSError as e:
-        print(f"error: {e.filename or 'a file'} cannot be read or written ({e.strerror}).", file=sys.stderr)
-    sys.exit(2)
-
+# ---------------------------------------------------------------------------------------------------
+# The model
 
 @dataclass
 class ModelArgs:
-    """Field for field what llama2.c stores as `model_args`."""
+    """Field for field what llama2.c stores as model_args."""
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
@@ -60,53 +49,53 @@ class ModelArgs:
 
 
 class KVCache:
-    """
-    Keys and values of the positions seen so far: one buffer a layer, written in place. Where length is a
-    tensor (1,), every step of one token has the same shapes: it reads whole buffers, the rest masked.
-    """
-    def __init__(self, max_len: int):
+    """Keys and values of the positions read so far: one buffer of each per layer, written in place."""
+
+    def __init__(self, max_len):
         self.max_len = max_len
-        self.length = 0             # positions filled; the model moves it on once a forward
-        self.buffers = {}           # layer -> keys, values (B, n_kv_heads, max_len, head_dim)
+        self.pos = 0        # positions filled; the model advances it once per forward pass
+        self.keys = {}      # layer -> (B, n_kv_heads, max_len, head_dim)
+        self.values = {}
 
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends k, v (B, n_kv_heads, T, head_dim), not for training; returns all of them so far."""
+    def update(self, layer, k, v):
+        """Appends k, v (B, n_kv_heads, T, head_dim), without gradient -> all keys, all values so far."""
         B, H, T, head_dim = k.shape
-        if layer not in self.buffers:
-            self.buffers[layer] = [x.new_zeros(B, H, self.max_len, head_dim) for x in (k, v)]
-        if torch.is_tensor(self.length):
-            return [buffer.index_copy_(2, self.length, x) for buffer, x in zip(self.buffers[layer], (k, v))]
-        end = self.length + T
+        end = self.pos + T
         assert end <= self.max_len, f"{end} positions in a cache of {self.max_len}"
-        keys, values = self.buffers[layer]
-        keys[:, :, self.length:end], values[:, :, self.length:end] = k.detach(), v.detach()
-        return keys[:, :, :end], values[:, :, :end]
+        if layer not in self.keys:
+            self.keys[layer] = k.new_zeros(B, H, self.max_len, head_dim)
+            self.values[layer] = v.new_zeros(B, H, self.max_len, head_dim)
+        self.keys[layer][:, :, self.pos:end] = k.detach()
+        self.values[layer][:, :, self.pos:end] = v.detach()
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Forgets the rows of the batch that are not in rows, a mask (B,)."""
-        self.buffers = {layer: [x[rows] for x in both] for layer, both in self.buffers.items()}
+    def select_rows(self, rows):
+        """Keeps these rows of the batch, a mask (B,) or indices."""
+        self.keys = {layer: x[rows] for layer, x in self.keys.items()}
+        self.values = {layer: x[rows] for layer, x in self.values.items()}
 
 
-def full_precision(x: torch.Tensor) -> torch.Tensor:
-    """x in float32 at least, whatever the dtype of autocast or of the model."""
+def upcast(x):
+    """To float32 at least: softmax, log-softmax and rotations are never computed in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rope_turns(head_dim: int, length: int) -> torch.Tensor:
-    """cos and sin (length, 1, head_dim / 2, 2): position t turns a head's pair i by t / 10000^(2i / head_dim)."""
-    frequencies = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    angles = torch.outer(torch.arange(length).float(), frequencies)
+def precompute_freqs_cis(head_dim, length):
+    """RoPE: cos and sin of position t times 10000^(-2i / head_dim) -> (length, 1, head_dim / 2, 2)."""
+    freqs = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    angles = torch.outer(torch.arange(length).float(), freqs)
     return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))[:, None]
 
 
-def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """RoPE: x (B, T, H, head_dim) turned, neighbouring entries as one complex number."""
-    pairs = torch.view_as_complex(full_precision(x).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.view_as_complex(full_precision(turns))).flatten(-2).type_as(x)
+def apply_rotary_emb(x, freqs_cis):
+    """Rotates each pair of neighbouring entries of x (B, T, H, head_dim), taken as one complex number."""
+    pairs = torch.view_as_complex(upcast(x).unflatten(-1, (-1, 2)))
+    rotated = pairs * torch.view_as_complex(upcast(freqs_cis))
+    return torch.view_as_real(rotated).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args):
         super().__init__()
         self.head_dim = args.dim // args.n_heads
         kv_dim = (args.n_kv_heads or args.n_heads) * self.head_dim
@@ -115,23 +104,25 @@ class Attention(nn.Module):
         self.wv = nn.Linear(args.dim, kv_dim, bias=False)
         self.wo = nn.Linear(args.dim, args.dim, bias=False)
 
-    def forward(self, x, turns, mask, layer, cache):
+    def forward(self, x, freqs_cis, mask, layer, cache):
         B, T, _ = x.shape
-        q, k, v = (w(x).view(B, T, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
-        q, k, v = (z.transpose(1, 2) for z in (rotate(q, turns), rotate(k, turns), v))  # (B, H, T, hd)
+        q = self.wq(x).view(B, T, -1, self.head_dim)
+        k = self.wk(x).view(B, T, -1, self.head_dim)
+        v = self.wv(x).view(B, T, -1, self.head_dim)
+        q = apply_rotary_emb(q, freqs_cis).transpose(1, 2)                          # (B, n_heads, T, head_dim)
+        k = apply_rotary_emb(k, freqs_cis).transpose(1, 2)                          # (B, n_kv_heads, T, head_dim)
+        v = v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.update(layer, k, v)                                            # (B, H, S, hd)
-        if T == 1 and mask is not None:  # a compiled step, which fuses what is between plain products
-            q = q.reshape(B, k.shape[1], -1, self.head_dim)                             # (B, n_kv_heads, .., hd)
-            weights = (q @ k.mT * self.head_dim ** -0.5).masked_fill(~mask, -math.inf).softmax(-1)
-            return self.wo((weights.type_as(v) @ v).view(B, T, -1))
+            k, v = cache.update(layer, k, v)                                        # T grows to cache.pos + T
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                            enable_gqa=q.shape[1] != k.shape[1])
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
 
 
-class FeedForward(nn.Module):  # SwiGLU
-    def __init__(self, dim: int, hidden_dim: int):
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, dim, hidden_dim):
         super().__init__()
         self.w1 = nn.Linear(dim, hidden_dim, bias=False)
         self.w2 = nn.Linear(hidden_dim, dim, bias=False)
@@ -141,216 +132,173 @@ class FeedForward(nn.Module):  # SwiGLU
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-class Block(nn.Module):
-    def __init__(self, args: ModelArgs, hidden_dim: int):
+class TransformerBlock(nn.Module):
+    def __init__(self, args, hidden_dim):
         super().__init__()
         self.attention = Attention(args)
         self.feed_forward = FeedForward(args.dim, hidden_dim)
         self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x, *position):
-        x = x + self.attention(self.attention_norm(x), *position)
-        return x + self.feed_forward(self.ffn_norm(x))
+    def forward(self, x, freqs_cis, mask, layer, cache):
+        h = x + self.attention(self.attention_norm(x), freqs_cis, mask, layer, cache)
+        return h + self.feed_forward(self.ffn_norm(h))
 
 
 class Transformer(nn.Module):
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args):
         super().__init__()
         self.args = args
         m = args.multiple_of
         self.hidden_dim = args.hidden_dim or m * math.ceil(int(2 * 4 * args.dim / 3) / m)
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(Block(args, self.hidden_dim) for _ in range(args.n_layers))
+        self.layers = nn.ModuleList(TransformerBlock(args, self.hidden_dim) for _ in range(args.n_layers))
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.output.weight = self.tok_embeddings.weight  # tied
-        turns = rope_turns(args.dim // args.n_heads, args.max_seq_len)
-        self.register_buffer("turns", turns, persistent=False)
+        freqs_cis = precompute_freqs_cis(args.dim // args.n_heads, args.max_seq_len)
+        self.register_buffer("freqs_cis", freqs_cis, persistent=False)
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.02 if name.startswith("tok_embeddings") else args.dim ** -0.5)
 
-    def scalar_head(self):
-        """Turns this into a reward model: one number a position in the place of the logits, 0 to begin with."""
-        if len(self.output.weight) > 1:
-            self.output = nn.Linear(self.args.dim, 1, bias=False, device=self.output.weight.device)
-            nn.init.zeros_(self.output.weight)
-        return self
-
-    def forward(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, tokens, cache=None):
         """
-        tokens (B, T) -> logits (B, T, V); logits[:, t] are those of the token after tokens[:, t].
-        With a cache, tokens follow on those already in it, and are added to it.
+        tokens (B, T) -> logits (B, T, V); logits[:, t] predict the token after tokens[:, t]. With a cache, tokens
+        follow those already in it, and are added to it.
         """
-        return self.output(self.states(tokens, cache))
+        return self.output(self.hidden(tokens, cache))
 
-    def states(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """What the output layer reads, (B, T, dim)."""
-        start, T = cache.length if cache else 0, tokens.shape[1]
-        if torch.is_tensor(start):
-            turns, mask = self.turns[start], torch.arange(cache.max_len, device=start.device)[None] <= start
-        else:
-            end, longest = start + T, self.args.max_seq_len
-            assert end <= longest, f"{end} tokens, but max_seq_len is {longest}"
-            # is_causal aligns its mask top-left, which is wrong for several new tokens behind a filled cache
-            turns, mask = self.turns[start:end], None
-            if start and T > 1:
-                mask = tokens.new_ones(T, end, dtype=torch.bool).tril(start)
+    def hidden(self, tokens, cache=None):
+        """What the output layer reads -> (B, T, dim)."""
+        start = cache.pos if cache is not None else 0
+        T = tokens.shape[1]
+        end = start + T
+        assert end <= self.args.max_seq_len, f"{end} tokens, but max_seq_len is {self.args.max_seq_len}"
+        mask = None
+        if start > 0 and T > 1:  # is_causal aligns its mask top-left: wrong behind a filled cache
+            mask = tokens.new_ones(T, end, dtype=torch.bool).tril(start)
         x = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, turns, mask, i, cache)
-        if cache:
-            cache.length += T
+            x = layer(x, self.freqs_cis[start:end], mask, i, cache)
+        if cache is not None:
+            cache.pos = end
         return self.norm(x)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Sampling
 
-@torch.no_grad()
-def generate(model, prompt: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-             top_k: int | None = None, generator: torch.Generator | None = None,
-             compiled: bool = False) -> torch.Tensor:
+def sample_token(logits, uniforms, temperature, top_k):
     """
-    Continues prompt (B, P) to tokens (B, P + max_new_tokens); a row that has closed its story with BOS
-    holds BOS from there on. Temperature 0 is greedy. Closed stories leave the batch, a quarter at a time.
-
-    One uniform number a token, drawn beforehand: so a row's draws do not depend on what the other rows wrote
-    or when they ended. compiled: see `compiled_steps`.
+    One token per row -> (B,): the inverse of the cumulative distribution of logits (B, V) at uniforms (B, 1).
+    Temperature 0 takes the most likely token.
     """
-    B, P = prompt.shape
-    device = generator.device if generator is not None else prompt.device
-    u = torch.rand(B, max_new_tokens, generator=generator, device=device).to(prompt.device)
-    tokens = torch.cat((prompt, prompt.new_full((B, max_new_tokens), BOS)), 1)
-    rows = torch.arange(B, device=prompt.device)  # those in the cache, some of them closed already
-    closed = torch.zeros(B, dtype=torch.bool, device=prompt.device)
-    cache = KVCache(P + max_new_tokens - 1)       # the last token is not read again
-    new = prompt
-    for t in range(max_new_tokens):
-        pick, finite = draw(model(new, cache)[:, -1], u[rows, t:t + 1], temperature, top_k)
-        check(finite)
-        pick = torch.where(closed, BOS, pick)
-        tokens[rows, P + t] = pick
-        closed |= pick == BOS
-        if compiled:
-            compiled_steps(model, cache, tokens, closed, u, temperature, top_k)
-            break
-        if 4 * closed.sum() >= len(rows):  # seldom, for it copies the cache
-            cache.keep(~closed)
-            rows, pick, closed = rows[~closed], pick[~closed], closed[~closed]
-            if len(rows) == 0:
-                break
-        new = pick[:, None]
-    return tokens
-
-
-def draw(logits, u, temperature, top_k):
-    """
-    A token a row -> (B,), from logits (B, V), by the inverse of the cumulative distribution at u (B, 1); and
-    whether that distribution is finite.
-    """
-    logits = full_precision(logits)
+    logits = upcast(logits)
+    if not logits.amax(-1).isfinite().all():
+        raise UserError("the model has diverged, its logits are not finite: train with a lower --lr.")
     if temperature == 0:
-        return logits.argmax(-1), ~logits.isnan().any()
+        return logits.argmax(-1)
     logits = logits / temperature
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    cumulative = logits.softmax(-1).cumsum(-1)
-    # times the last entry, which rounding leaves near 1: then every u has its token
-    pick = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
-    return pick, cumulative[:, -1].isfinite().all()
+    cumulative = logits.softmax(-1).cumsum(-1)                                      # (B, V)
+    total = cumulative[:, -1:]  # only near 1; times the total, every uniform number has its token
+    return torch.searchsorted(cumulative, uniforms * total, right=True)[:, 0]
 
 
-def check(finite):
-    if not finite:
-        raise UserError("the model has diverged, its probabilities are not finite: train with a lower --lr.")
-
-
-def compiled_steps(model, cache, tokens, closed, u, temperature, top_k):
+@torch.no_grad()
+def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, generator=None):
     """
-    The rest of what generate has begun, every step the same kernels on the same memory: fused by torch.compile,
-    on GPUs recorded once and launched together. Closed stories stay; a row's draws are those of generate.
+    Continues prompt (B, P), token ids, to tokens (B, P + max_new_tokens). A row that has sampled BOS is finished
+    and holds BOS from there on; finished rows leave the batch, a quarter of it at a time.
+
+    One uniform number per token is drawn beforehand, so what a row samples does not depend on the other rows.
     """
-    P = cache.length
-    cache.length = torch.full((1,), P, device=tokens.device)
-    finite = torch.ones((), dtype=torch.bool, device=tokens.device)
-
-    def step():
-        new, u_t = tokens.index_select(1, cache.length), u.index_select(1, cache.length + 1 - P)
-        pick, fine = draw(model(new, cache)[:, -1], u_t, temperature, top_k)
-        pick = torch.where(closed | ~fine, BOS, pick)
-        tokens.index_copy_(1, cache.length, pick[:, None])  # the model has moved on by one
-        closed.logical_or_(pick == BOS)
-        finite.logical_and_(fine)
-
-    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")  # RoPE's
-    step = torch.compile(step, dynamic=False)
-    for t in range(1, u.shape[1]):
-        if t == 3 and tokens.is_cuda:
-            with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
-                step()
-            step = graph.replay
-        step()
-        if t % 16 == 0 and closed.all():  # seldom, for it waits for the GPU
-            break
-    check(finite)
+    assert torch.is_tensor(prompt) and prompt.dtype == torch.long and prompt.dim() == 2, (
+        "prompt must be token ids, an int64 tensor of shape (B, P): encode text with the tokenizer, BOS first")
+    assert temperature >= 0, f"temperature is {temperature}, but must not be negative"
+    assert top_k is None or top_k >= 1, f"top_k is {top_k}, but must be at least 1, or None for all tokens"
+    B, P = prompt.shape
+    device = prompt.device if generator is None else generator.device
+    uniforms = torch.rand(B, max_new_tokens, generator=generator, device=device).to(prompt.device)
+    tokens = torch.cat((prompt, prompt.new_full((B, max_new_tokens), BOS)), 1)
+    rows = torch.arange(B, device=prompt.device)        # the rows in the cache, some of them finished
+    finished = torch.zeros(B, dtype=torch.bool, device=prompt.device)
+    cache = KVCache(P + max_new_tokens - 1)             # the last token is not read again
+    input_tokens = prompt
+    for t in range(max_new_tokens):
+        logits = model(input_tokens, cache)[:, -1]                                  # (len(rows), V)
+        next_token = sample_token(logits, uniforms[rows, t:t + 1], temperature, top_k)
+        next_token = torch.where(finished, BOS, next_token)
+        tokens[rows, P + t] = next_token
+        finished |= next_token == BOS
+        if 4 * finished.sum() >= len(rows):  # not at every end, for it copies the cache
+            cache.select_rows(~finished)
+            rows, next_token, finished = rows[~finished], next_token[~finished], finished[~finished]
+            if len(rows) == 0:
+                break
+        input_tokens = next_token[:, None]
+    return tokens
 
 
 # ---------------------------------------------------------------------------------------------------
 # Files
 
-def load(path: str, device: str = "cpu", scalar: bool = False) -> Transformer:
-    """
-    The model in a checkpoint of llama2.c's layout, with or without torch.compile's prefix on its names:
-    a writer, or a reward model where scalar.
-    """
-    checkpoint = read_checkpoint(path, device)
-    known = {f.name for f in fields(ModelArgs)}
-    try:
-        args = ModelArgs(**{k: v for k, v in checkpoint["model_args"].items() if k in known})
-        weights = {name.removeprefix("_orig_mod."): w.float() for name, w in checkpoint["model"].items()}
-        a, head_dim = args, args.dim // args.n_heads
-        if not (0 < a.max_seq_len * a.dim <= 1 << 26 and 0 < a.n_layers < len(weights) and 0 < a.norm_eps < 1
-                and head_dim * a.n_heads == a.dim and head_dim % 2 == 0 and a.n_heads % (a.n_kv_heads or 1) == 0
-                and all(w.is_contiguous() for w in weights.values())):
-            raise ValueError(f"{args}"[:100])
-        with torch.device("meta"):  # whatever sizes the file claims, nothing is allocated that it does not hold
-            model = Transformer(args)
-            if scalar:
-                model.scalar_head()
-        model.load_state_dict(weights, strict=True, assign=True)
-        if not all(w.isfinite().all() for w in weights.values()):
-            raise ValueError("some are not finite")
-        model.turns = rope_turns(head_dim, args.max_seq_len)
-    except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError) as e:
-        reason = " ".join(str(e).split())[:120]
-        raise UserError(f"{path}: its weights do not fit its model_args ({reason}).") from None
-    if not scalar:
-        model.output.weight = model.tok_embeddings.weight
-    return model.to(device)
+def load(path, device="cpu"):
+    """The model in a .pt checkpoint of llama2.c's layout, or in its version-0 .bin."""
+    checkpoint = read_bin(path) if str(path).endswith(".bin") else load_checkpoint(path, device)
+    return build_model(checkpoint, path).to(device)
 
 
-def read_checkpoint(path: str, device: str = "cpu") -> dict:
-    """The dict in a checkpoint file, with `model` and `model_args`. Tensors and plain data, never code."""
+def load_checkpoint(path, device="cpu"):
+    """The dict in a .pt file, with `model` and `model_args`. Tensors and plain data only, never code."""
     if not os.path.exists(path):
-        raise UserError(f"{path} is not there: make it with `make data` or `make train`, or name another.")
+        raise UserError(f"{path} does not exist: create it with `make data` or `make train`, or name another file.")
     try:
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # a damaged file can fail in any of the unpickler's ways
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:120]
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason}): "
-                        "it is cut short or something else; make it again.") from None
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason}): create or download it again.") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path} is not a llama2.c checkpoint: it lacks `model` or `model_args`.")
     return checkpoint
 
 
+def build_model(checkpoint, path):
+    """The Transformer in a checkpoint read from path, checked: what this model cannot express is refused."""
+    try:
+        unknown = checkpoint["model_args"].keys() - {f.name for f in fields(ModelArgs)}
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)}")
+        args = ModelArgs(**checkpoint["model_args"])
+        weights = {name.removeprefix("_orig_mod."): w.float() for name, w in checkpoint["model"].items()}
+        embedding = weights["tok_embeddings.weight"]
+        if not torch.equal(weights.setdefault("output.weight", embedding), embedding):
+            raise ValueError("the output layer is not tied to the embedding")
+        head_dim = args.dim // args.n_heads
+        if not (0 < args.max_seq_len * args.dim <= 1 << 26 and 0 < args.n_layers < len(weights)
+                and 0 < args.norm_eps < 1 and head_dim * args.n_heads == args.dim and head_dim % 2 == 0
+                and args.n_heads % (args.n_kv_heads or 1) == 0):
+            raise ValueError(f"{args}"[:100])
+        with torch.device("meta"):  # whatever sizes the file claims, only what it holds is allocated
+            model = Transformer(args)
+        model.load_state_dict({name: w.contiguous() for name, w in weights.items()}, assign=True)
+        if not all(w.isfinite().all() for w in weights.values()):
+            raise ValueError("some are not finite")
+    except (RuntimeError, TypeError, ValueError, KeyError, ArithmeticError, AttributeError, AssertionError) as e:
+        reason = " ".join(str(e).split())[:120]
+        raise UserError(f"{path}: its weights or model_args are not those of this Llama ({reason}).") from None
+    model.output.weight = model.tok_embeddings.weight
+    model.freqs_cis = precompute_freqs_cis(head_dim, args.max_seq_len)
+    return model
+
+
 @contextlib.contextmanager
-def writing(path: str):
-    """A binary file to write, which takes path's place once it is whole and on the disk; else path stays."""
+def atomic_write(path):
+    """A binary file to write to; it replaces path once it is complete and on the disk, else path stays."""
     try:
         with open(f"{path}.part", "wb") as f:
             yield f
@@ -360,27 +308,113 @@ def writing(path: str):
     except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(f"{path}.part")
-        raise UserError(f"{path} cannot be written ({getattr(e, 'strerror', None) or 'is the disk full?'}): "
-                        "what was there before is as it was.") from None
+        reason = getattr(e, "strerror", None) or "is the disk full?"
+        raise UserError(f"{path} cannot be written ({reason}); an earlier version of it is unchanged.") from None
 
 
-def save(model: Transformer, path: str, **more) -> None:
-    """Writes what `load` reads, and `more` beside it."""
-    with writing(path) as f:
-        torch.save({"model": model.state_dict(), "model_args": asdict(model.args), **more}, f)
+def save(model, path, **extra):
+    """Writes the checkpoint that `load` and llama2.c read, with `extra` beside the model."""
+    model_args = asdict(model.args)
+    model_args["n_kv_heads"] = model.args.n_kv_heads or model.args.n_heads  # llama2.c's export needs a number
+    with atomic_write(path) as f:
+        torch.save({"model": model.state_dict(), "model_args": model_args, **extra}, f)
 
 
-def export(model: Transformer, path: str) -> None:
-    """llama2.c's version-0 `.bin`, for its `run`: a header of 7 int32, then float32 weights by kind."""
-    a, layers = model.args, model.layers
-    header = struct.pack("7i", a.dim, model.hidden_dim, a.n_layers, a.n_heads, a.n_kv_heads or a.n_heads,
-                         a.vocab_size, a.max_seq_len)  # vocab_size positive: the classifier is shared
-    weights = [model.tok_embeddings.weight]
-    for kind in ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
-                 "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
-        weights += [layer.get_submodule(kind).weight for layer in layers]
-    weights += [model.norm.weight, model.turns[..., 0], model.turns[..., 1]]
-    with writing(path) as f:
+BIN_LAYERS = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
+              "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+
+
+def bin_names(n_layers):
+    """The parameters' names in the order of llama2.c's version-0 .bin."""
+    layers = [f"layers.{i}.{kind}.weight" for kind in BIN_LAYERS for i in range(n_layers)]
+    return ["tok_embeddings.weight", *layers, "norm.weight"]
+
+
+def export(model, path):
+    """llama2.c's version-0 .bin, for its run.c: a header of 7 int32, float32 weights, RoPE's cos and sin."""
+    args, weights = model.args, model.state_dict()
+    header = struct.pack("7i", args.dim, model.hidden_dim, args.n_layers, args.n_heads,
+                         args.n_kv_heads or args.n_heads, args.vocab_size, args.max_seq_len)
+    tensors = [weights[name] for name in bin_names(args.n_layers)]
+    tensors += [model.freqs_cis[..., 0], model.freqs_cis[..., 1]]
+    with atomic_write(path) as f:
         f.write(header)
-        for w in weights:
-            f.write(w.detach().float().cpu().numpy().tobytes())
+        for x in tensors:
+            f.write(x.float().cpu().numpy().tobytes())
+
+
+def read_bin(path):
+    """A checkpoint dict from llama2.c's version-0 .bin."""
+    with open(path, "rb") as f:
+        header, data = f.read(28), bytearray(f.read())
+    names = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
+    try:
+        sizes = dict(zip(names, struct.unpack("7i", header)))
+        if min(sizes.values()) < 1 or sizes["n_layers"] * sizes["dim"] > len(data):
+            raise ValueError("impossible sizes, or a negative vocab_size: an output layer of its own")
+        args = ModelArgs(**sizes)
+        with torch.device("meta"):
+            weights = Transformer(args).state_dict()
+        counts = [weights[name].numel() for name in bin_names(args.n_layers)]
+        rope = args.max_seq_len * (args.dim // args.n_heads)  # cos and sin, computed anew here
+        parts = torch.frombuffer(data, dtype=torch.float32).split([*counts, rope])
+    except (struct.error, ValueError, RuntimeError, ArithmeticError) as e:
+        raise UserError(f"{path} is not a version-0 .bin of llama2.c that this Llama can express ({str(e)[:80]}).") from None
+    named = zip(bin_names(args.n_layers), parts)
+    return {"model": {name: x.view(weights[name].shape) for name, x in named}, "model_args": sizes}
+
+
+def file_hash(path):
+    """The sha256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def load_tokenizer(path, vocab_size):
+    """The sentencepiece model at path, which must have vocab_size tokens: those of the checkpoint."""
+    import sentencepiece  # here, because the losses need nothing but torch
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        raise UserError(f"{path} is missing or not a sentencepiece model: name the checkpoint's own with "
+                        "--tokenizer.") from None
+    if tokenizer.vocab_size() != vocab_size:
+        raise UserError(f"{path} has {tokenizer.vocab_size()} tokens, but the checkpoint {vocab_size}: "
+                        "name the checkpoint's own with --tokenizer.")
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------
+# Command line
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Print samples of a checkpoint.", allow_abbrev=False)
+    p.add_argument("checkpoint", help="a .pt or .bin file")
+    p.add_argument("--tokenizer", default="tokenizer.model", help="the checkpoint's own sentencepiece model")
+    p.add_argument("--prompt", default="", help="the text to continue")
+    p.add_argument("-n", type=int, default=1, help="number of samples")
+    p.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token")
+    p.add_argument("--top_k", type=int, help="sample from the k most likely tokens (default: all)")
+    p.add_argument("--max_new_tokens", type=int, help="(default: as many as the model's context holds)")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args(argv)
+    model = load(args.checkpoint)
+    tokenizer = load_tokenizer(args.tokenizer, model.args.vocab_size)
+    prompt = torch.tensor([[BOS, *tokenizer.encode(args.prompt)]])
+    space = model.args.max_seq_len + 1 - prompt.shape[1]
+    length = space if args.max_new_tokens is None else args.max_new_tokens
+    if args.n < 1 or args.temperature < 0 or args.top_k is not None and args.top_k < 1:
+        p.error("-n and --top_k must be at least 1, --temperature at least 0")
+    if not 1 <= length <= space:
+        p.error(f"--max_new_tokens must be from 1 to {space}: the prompt has {prompt.shape[1]} tokens, BOS included")
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens = generate(model, prompt.repeat(args.n, 1), length, args.temperature, args.top_k, generator)
+    print("\n\n".join(tokenizer.decode(tokens.tolist())))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,102 +1,114 @@
 """
-Soft Preference Optimization (arXiv 2405.00747), and the methods the paper compares it with.
+Soft Preference Optimization (arXiv 2405.00747), and the methods the paper compares it with: DPO, IPO, SLiC-HF.
 
-Read from top to bottom it follows the paper: the probability of a story, one function an equation for
-the losses, the token-wise KL on intermittent rollouts, and the loop that adds them up. Equation numbers
-are the paper's. The losses need nothing but torch: copy the one you want.
+Reads from top to bottom in the order of the paper: log pi(y), one function per loss, the KL on the model's own
+samples, and the training loop that adds them up (Eq. 1). Equation numbers are the paper's. The losses need nothing
+but torch; copy the one you want.
 
     python spo.py --algo spo --alpha 0.01
 """
+import argparse
+import datetime
 import hashlib
+import json
 import math
+import os
+import sys
 import textwrap
+import threading
 import time
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+import torch.utils.checkpoint
 
-from evaluate import judge_of, load_tokenizer, load_tokens, story_reward
-from model import BOS, UserError, cli, full_precision, generate, load, save
-from run import folder, peak, ranks, record, settings, sha256, show, take_up
+from model import BOS, UserError, atomic_write, file_hash, generate, load, load_checkpoint, save, upcast
 
 # ---------------------------------------------------------------------------------------------------
-# log pi(y): the sum over a story's tokens, the closing BOS among them, so that pi is a distribution
-# over stories. Sums, not averages: alpha in 0.001..0.1 only makes sense for differences of tens of nats.
+# log pi(y): a sum over the tokens of a response y, the BOS that ends it included, so that pi is a distribution over
+# responses. A sum, not a mean: alpha = 0.001 .. 0.1 only makes sense for differences of tens of nats.
+
+CHUNK = 4096  # positions whose logits, 32,000 numbers each, are in memory at a time
 
 
-def story_mask(tokens: torch.Tensor) -> torch.Tensor:
+def response_mask(tokens):
     """
-    tokens (N, T), each row BOS, a story, BOS, padding -> mask (N, T), 1 on the story and the BOS that
-    closes it. A story cut at the length limit has no closing BOS and counts up to its last token.
+    tokens (N, T): BOS, a response, BOS, padding with BOS -> mask (N, T), 1 on the response and the BOS that ends it.
+
+        1 5 6 1 1 1  ->  0 1 1 1 0 0
+        1 5 6 7 8 9  ->  0 1 1 1 1 1    cut at the length limit, so it has no end
     """
-    ends = (tokens[:, 1:] == BOS).cumsum(1)
-    return F.pad((ends == 0) | ((ends == 1) & (tokens[:, 1:] == BOS)), (1, 0)).long()
+    is_bos = tokens[:, 1:] == BOS
+    num_bos = is_bos.cumsum(1)
+    return F.pad((num_bos == 0) | ((num_bos == 1) & is_bos), (1, 0)).long()
 
 
-HEAD = 4096  # positions whose logits are held; those of more are made again for the gradient
-
-
-def story_sum(f, counts, *inputs):
+def sum_over_tokens(fn, mask, *inputs):
     """
-    The sum over each row's positions that count of what f gives them -> (N,): counts (N, T), inputs
-    (N, T, ..), f: inputs (n, ..) -> (n,). So nothing of the vocabulary's size is made for padding.
+    fn at the positions where mask (N, T) is 1, summed over each row -> (N,). inputs (N, T, ...); fn gets them as
+    (M, ...) and returns (M,). With more than CHUNK positions, each chunk is computed again in the backward pass, so
+    that the logits of only one are in memory.
     """
-    pieces = list(zip(*(x[counts].split(HEAD) for x in inputs)))
-    values = torch.cat([checkpoint(f, *piece, use_reentrant=False) if len(pieces) > 1 else f(*piece)
-                        for piece in pieces])
-    return values.new_zeros(counts.shape).masked_scatter(counts, values).sum(1)
+    chunks = list(zip(*(x[mask].split(CHUNK) for x in inputs)))
+    if len(chunks) > 1:
+        values = [torch.utils.checkpoint.checkpoint(fn, *chunk, use_reentrant=False) for chunk in chunks]
+    else:
+        values = [fn(*chunk) for chunk in chunks]
+    values = torch.cat(values)                                                      # (M,)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(1)
 
 
-def seq_logp(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def seq_logp(model, tokens, mask):
     """
-    log pi(y | x) in nats, (N,): tokens (N, T) are prompt and response, mask (N, T) is 1 on the tokens
-    that count, the response and its end. model: a Transformer, or any function from tokens to logits.
+    log pi(y | x) in nats -> (N,). tokens (N, T): prompt and response. mask (N, T): 1 on the tokens that count, those
+    of the response and its end. model: a Transformer, or any function from tokens to logits.
     """
-    states, output = (model.states, model.output) if hasattr(model, "states") else (model, lambda x: x)
-    return story_sum(lambda x, y: -F.cross_entropy(full_precision(output(x)), y, reduction="none"),
-                     mask[:, 1:].bool(), states(tokens[:, :-1]), tokens[:, 1:])
+    if hasattr(model, "hidden"):
+        hidden, lm_head = model.hidden(tokens[:, :-1]), model.output                # (N, T-1, dim)
+    else:
+        hidden, lm_head = model(tokens[:, :-1]), torch.nn.Identity()                # (N, T-1, V)
+
+    def token_logp(hidden, targets):                                                # (M, dim), (M,) -> (M,)
+        return -F.cross_entropy(upcast(lm_head(hidden)), targets, reduction="none")
+
+    return sum_over_tokens(token_logp, mask[:, 1:].bool(), hidden, tokens[:, 1:])
 
 
 # ---------------------------------------------------------------------------------------------------
-# Preference losses, unreduced. logp_w, logp_l, ref_w, ref_l (B,): log pi_theta and log pi_ref of the
-# preferred and the other response. logp (B, n): of n responses.
-
+# Preference losses, not reduced. logp_w, logp_l, ref_w, ref_l (B,): log pi_theta and log pi_ref of the preferred and
+# of the rejected response. logp (B, n): log pi_theta of n responses.
 
 def spo_loss(logp_w, logp_l, alpha, mu=None):
     """
-    Eq. 9, and Eq. 11 with weights mu (B,): -1/alpha log(pi_w^alpha / (pi_w^alpha + pi_l^alpha)) -> (B,).
-    Eq. 10 and 12 at alpha = 0, where it is unbounded below.
+    Eq. 9, or Eq. 11 with weights mu (B,): -1/alpha log(pi_w^alpha / (pi_w^alpha + pi_l^alpha)) -> (B,).
+    At alpha = 0, Eq. 10 and 12, which are unbounded below. No gradient flows through mu (Eq. 13).
     """
     margin = logp_w - logp_l
     loss = -F.logsigmoid(alpha * margin) / alpha if alpha > 0 else -margin / 2
-    return loss if mu is None else mu * loss
+    return loss if mu is None else mu.detach() * loss
 
 
 def pair_weight(logp_w, logp_l, gamma):
-    """
-    Section 4's example: mu = (pi_w + pi_l)^gamma -> (B,), without gradient; in log space, and up to the
-    factor that makes its mean over the batch 1.
-    """
-    return len(logp_w) * (gamma * torch.logaddexp(logp_w, logp_l).detach()).softmax(0)
+    """Section 4's example of a mu, (pi_w + pi_l)^gamma, in log space and scaled to mean 1 over the batch -> (B,)."""
+    log_mu = gamma * torch.logaddexp(logp_w, logp_l).detach()
+    return len(log_mu) * log_mu.softmax(0)
 
 
 def best_of_n_loss(logp, best, alpha, mu=None):
     """
-    Eq. 14: -1/alpha log(pi_best^alpha / sum_i pi_i^alpha) -> (B,), for logp (B, n), best (B,) the index
-    of the best, mu (B,). The paper has alpha > 0; at 0 this is the limit, less log(n)/alpha.
+    Eq. 14: -1/alpha log(pi_best^alpha / sum_i pi_i^alpha) -> (B,). best (B,): the index of the best of n; mu (B,).
+    The paper has alpha > 0; at alpha = 0 this is the limit without its constant, log(n)/alpha.
     """
     logp_best = logp.gather(1, best[:, None]).squeeze(1)
     loss = (alpha * logp).logsumexp(1) / alpha - logp_best if alpha > 0 else logp.mean(1) - logp_best
-    return loss if mu is None else mu * loss
+    return loss if mu is None else mu.detach() * loss
 
 
 def ranked_loss(logp, alpha, mu=None):
-    """Eq. 15: each response is the best of those from it on -> (B,); logp (B, n) best first, mu (B, n-1)."""
-    best = torch.zeros(len(logp), dtype=torch.long, device=logp.device)
-    return sum(best_of_n_loss(logp[:, k:], best, alpha, None if mu is None else mu[:, k])
-               for k in range(logp.shape[1] - 1))
+    """Eq. 15: each response is the best of itself and those after it -> (B,). logp: best first; mu (B, n-1)."""
+    first = torch.zeros(len(logp), dtype=torch.long, device=logp.device)
+    return sum(best_of_n_loss(logp[:, i:], first, alpha, None if mu is None else mu[:, i])
+               for i in range(logp.shape[1] - 1))
 
 
 def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta):
@@ -105,7 +117,7 @@ def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta):
 
 
 def ipo_loss(logp_w, logp_l, ref_w, ref_l, beta):
-    """IPO, Eq. 17 of reference [13], with its tau called beta: (margin - 1/(2 beta))^2 -> (B,)."""
+    """IPO, Eq. 17 of reference [13], whose tau is beta here: (log-ratio difference - 1/(2 beta))^2 -> (B,)."""
     return ((logp_w - ref_w) - (logp_l - ref_l) - 1 / (2 * beta)) ** 2
 
 
@@ -114,336 +126,467 @@ def slic_loss(logp_w, logp_l, delta):
     return (delta - logp_w + logp_l).clamp(min=0)
 
 
-# algorithm: (its loss of logp (B, n), best first, ref (B, n) and mu (B,); the token file it learns
-# from; the settings that not all read, with defaults that are ours, measured on the toy world). Whoever
-# reads R is regularised by the token KL on R rollouts, taken every k steps.
-LOSSES = {
-    "spo": (lambda s, logp, ref, mu: spo_loss(logp[:, 0], logp[:, 1], s.alpha, mu),
-            "pairs", dict(alpha=0.01, beta=0.05, gamma=0.0, R=8, k=8, kl="token")),
-    "best_of_n": (lambda s, logp, ref, mu: best_of_n_loss(logp, logp.new_zeros(len(logp)).long(), s.alpha),
-                  "best", dict(alpha=0.01, beta=0.1, R=8, k=8, kl="token")),
-    "ranked": (lambda s, logp, ref, mu: ranked_loss(logp, s.alpha),
-               "ranked", dict(alpha=0.01, beta=0.1, R=8, k=8, kl="token")),
-    "dpo": (lambda s, logp, ref, mu: dpo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], s.beta),
-            "pairs", dict(beta=0.1)),
-    "ipo": (lambda s, logp, ref, mu: ipo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], s.beta),
-            "pairs", dict(beta=0.03)),
-    "slic": (lambda s, logp, ref, mu: slic_loss(logp[:, 0], logp[:, 1], s.delta),
-             "pairs", dict(delta=10.0, beta=0.1)),
-    # pre-training, and Section 2's reward model (its text dropped the log): Eq. 9 at alpha = 1, of rewards
-    "sft": (lambda s, logp, ref, mu: -logp[:, 0], "stories", dict()),
-    "reward": (lambda s, r, ref, mu: spo_loss(r[:, 0], r[:, 1], 1.0), "pairs", dict()),
-}
+def preference_loss(args, logp, ref_logp, mu):
+    """PreferenceLoss of Eq. 1, per row -> (B,). logp, ref_logp (B, n): log pi of n responses, best first; mu (B,)."""
+    logp_w, logp_l, ref_w, ref_l = logp[:, 0], logp[:, 1], ref_logp[:, 0], ref_logp[:, 1]
+    if args.algo == "spo":
+        return spo_loss(logp_w, logp_l, args.alpha, mu)
+    if args.algo == "best_of_n":
+        best = torch.zeros(len(logp), dtype=torch.long, device=logp.device)
+        return best_of_n_loss(logp, best, args.alpha)
+    if args.algo == "ranked":
+        return ranked_loss(logp, args.alpha)
+    if args.algo == "dpo":
+        return dpo_loss(logp_w, logp_l, ref_w, ref_l, args.beta)
+    if args.algo == "ipo":
+        return ipo_loss(logp_w, logp_l, ref_w, ref_l, args.beta)
+    if args.algo == "slic":
+        return slic_loss(logp_w, logp_l, args.delta)
+
 
 # ---------------------------------------------------------------------------------------------------
-# The regulariser (Section 3 and Appendix D): KL on the model's own stories, not on the data.
+# The regularizer (Section 3, Appendix D): the KL to the reference on the model's own samples, not on the data
+
+def kl_per_token(logits, ref_logits):
+    """KL(pi_theta(. | prefix) || pi_ref(. | prefix)) over the full vocabulary, (..., V) -> (...)."""
+    logp, ref_logp = upcast(logits).log_softmax(-1), upcast(ref_logits).log_softmax(-1)
+    return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
 def token_kl(logits, ref_logits, mask):
     """
-    Appendix D: sum over a story's tokens of KL(pi_theta(. | prefix) || pi_ref(. | prefix)) -> (R,) nats,
-    over the full vocabulary; logits, ref_logits (R, T, V), mask (R, T) is 1 where the next token counts.
-
-    Its mean over fresh stories of pi_theta is an unbiased estimate of D_KL(pi_theta || pi_ref). Its
-    gradient is not: it leaves out how theta moves the prefixes.
+    Appendix D: kl_per_token summed over the tokens of each sample -> (R,) nats. logits, ref_logits (R, T, V); mask
+    (R, T) is 1 where the next token counts. Its mean over fresh samples of pi_theta is an unbiased estimate of
+    D_KL(pi_theta || pi_ref). Its gradient is not: it leaves out how theta moves the prefixes.
     """
-    logp, ref = full_precision(logits).log_softmax(-1), full_precision(ref_logits).log_softmax(-1)
-    return ((logp.exp() * (logp - ref)).sum(-1) * mask).sum(1)
+    return (kl_per_token(logits, ref_logits) * mask).sum(1)
 
 
-def rollout_kl(policy, ref, y, states, ref_states):
-    """Appendix D's KL of the stories y (R, T) -> (R,), from the states (R, T-1, dim) both have of them."""
-    def f(x, r):
-        return token_kl(policy.output(x)[:, None], ref.output(r)[:, None], torch.ones_like(x[:, :1]))
-    return story_sum(f, story_mask(y)[:, 1:].bool(), states, ref_states)
+def rollout_kl(policy, ref, y, ref_hidden):
+    """token_kl of the rollouts y (R, T) without ever holding (R, T, V) logits -> (R,)."""
+    def kl(hidden, ref_hidden):                                                     # (M, dim), (M, dim) -> (M,)
+        return kl_per_token(policy.output(hidden), ref.output(ref_hidden))
+    return sum_over_tokens(kl, response_mask(y)[:, 1:].bool(), policy.hidden(y[:, :-1]), ref_hidden)
 
 
-def sequence_kl(logp, ref_logp):
-    """
-    What Appendix D sets aside: log pi_theta(y) - log pi_ref(y) of each story -> (R,), with the gradient of
-    the score-function estimate, unbiased on fresh stories; its baseline is the mean of the other stories.
-    """
-    ratio = (logp - ref_logp).detach()
-    advantage = ratio - (ratio.sum() - ratio) / max(1, len(logp) - 1)
-    return ratio + advantage * (logp - logp.detach())
+@torch.no_grad()
+def sample(model, n, max_new_tokens, generator, generate=generate):
+    """n samples of pi(y), at temperature 1 and from all tokens -> tokens (n, T), padded with BOS."""
+    prompt = torch.full((n, 1), BOS, device=next(model.parameters()).device)
+    samples = [generate(model, part, max_new_tokens, generator=generator) for part in prompt.split(256)]
+    return trim_padding(torch.cat(samples))
+
+
+@torch.no_grad()
+def with_reference(ref, rollouts, micro_batch_size):
+    """The rollouts in micro-batches, each with the reference's hidden states on it: [(y, ref_hidden)]."""
+    return [(y, ref.hidden(y[:, :-1])) for y in rollouts.split(micro_batch_size)]
 
 
 # ---------------------------------------------------------------------------------------------------
-# Draws and batches. Each draw's generator is a function of the seed, of what it is for and of the step:
-# so the same command gives the same numbers, and a run can be taken up again at any step.
+# Data. A file holds tokens (N, n, T), uint16: n responses per row, best first. Every random draw has a generator of
+# its own, seeded by what it is for and when, so that a resumed run draws what it would have drawn.
 
-BATCH, SLIC, ROLLOUT, EVAL, SHOW = range(5)
+BATCH, SLIC_BATCH, ROLLOUT, EVAL, SHOW = range(5)
 
 
-def rng(*key: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(hashlib.sha256(repr(key).encode()).hexdigest()[:15], 16))
+def rng(*key):
+    """A generator seeded by (seed, purpose, step)."""
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()
+    return torch.Generator().manual_seed(int(digest[:15], 16))
+
+
+def load_responses(path, model_args, min_rows=1, num_responses=None):
+    """The token file at path -> uint16 (N, n, T), N >= min_rows, n = num_responses (None: 2 or more), checked."""
+    import numpy as np  # here, because the losses need nothing but torch
+    try:
+        data = np.load(path)
+        N, n, T = data.shape
+        assert data.dtype == np.uint16 and N > 0
+    except Exception as e:  # a damaged file can fail in any way
+        raise UserError(f"{path} cannot be read as a token file ({str(e)[:80]}): `make data` creates it.") from None
+    if N < min_rows or n != (num_responses or max(n, 2)):
+        raise UserError(f"{path} has {N} rows of {n} responses: this run needs {min_rows} rows (--batch_size) of "
+                        f"{num_responses or 'two or more'} responses.")
+    if not 2 <= T <= model_args.max_seq_len + 1 or data.max() >= model_args.vocab_size or (data[..., 0] != BOS).any():
+        raise UserError(f"{path} holds tokens or lengths that this model does not have: create it for this model.")
+    return data
+
+
+def batch_indices(num_rows, batch_size, seed, purpose, step):
+    """The rows in this step's batch: a new permutation every epoch, the last partial batch dropped."""
+    epoch, i = divmod(step, num_rows // batch_size)
+    return torch.randperm(num_rows, generator=rng(seed, purpose, epoch))[i * batch_size:(i + 1) * batch_size]
+
+
+def micro_batches(data, rows, micro_batch_size, device):
+    """Rows of data (N, n, T), longest first so that little is padding -> rows (b,), tokens (b * n, T' <= T)."""
+    y = torch.from_numpy(data[rows.numpy()].astype("int64"))                        # (B, n, T)
+    n = y.shape[1]
+    lengths = response_mask(y.flatten(0, 1)).sum(1).view(-1, n).amax(1)             # (B,)
+    order = lengths.argsort(descending=True, stable=True)
+    for i in order.split(max(1, micro_batch_size // n)):
+        yield rows[i], trim_padding(y[i].flatten(0, 1).to(device))
+
+
+def trim_padding(tokens):
+    """Without the columns that are padding in every row."""
+    return tokens[:, :1 + int(response_mask(tokens).sum(1).max())]
 
 
 @torch.no_grad()
-def sample(model, n, s, key):
-    """n stories of the model -> tokens (n, T), 256 at a time; the ranks share the work, and all get all."""
-    g, each = rng(s.seed, *key), -(-n // s.world)
-    torch.rand(s.rank * each, s.max_new, generator=g)  # what the ranks before this one draw
-    bos = torch.full((each, 1), BOS, device=s.device)
-    with autocast(s):
-        y = torch.cat([generate(model, part, s.max_new, generator=g, compiled=s.compile)
-                       for part in bos.split(256)])
-    if s.world > 1:
-        dist.all_gather(every := [torch.empty_like(y) for _ in range(s.world)], y)
-        y = torch.cat(every)[:n]
-    return trim(y)
-
-
-def trim(tokens):
-    """Cuts the columns that are padding in every row: (N, T) -> (N, T' <= T)."""
-    return tokens[:, :1 + int(story_mask(tokens).sum(1).max())]
-
-
-def batch_rows(n, s, purpose, step):
-    """The rows, out of n, of a step's batch: a fresh permutation each pass, its remainder left out."""
-    one_pass, i = divmod(step, n // s.batch)
-    return torch.randperm(n, generator=rng(s.seed, purpose, one_pass))[i * s.batch:(i + 1) * s.batch]
-
-
-def micro_batches(data, rows, s):
-    """
-    This rank's share of some rows of a token file (N, n, T), longest first to save padding, s.micro
-    stories at a time: rows (b,) and tokens (b * n, T'), a row's n responses next to each other.
-    """
-    y = torch.from_numpy(data[rows.numpy()].astype("int64"))                                # (B, n, T)
-    longest = story_mask(y.flatten(0, 1)).sum(1).view(y.shape[:2]).amax(1)
-    order = longest.argsort(descending=True, stable=True)[s.rank::s.world]
-    for part in order.split(max(1, s.micro // y.shape[1])) if len(order) else ():
-        yield rows[part], trim(y[part].flatten(0, 1).to(s.device))
-
-
-@torch.no_grad()
-def data_logp(model, data, s, score=seq_logp, batches=None):
-    """
-    log pi (or reward) of all the data -> (N, n), or of the rows in some batches. In the batches of training's
-    first pass, so in the same shapes and with the same roundings: at step 0 Eq. 5's margins are exactly 0.
-    """
-    logp = torch.zeros(data.shape[:2], device=s.device)
-    for batch in batches or torch.randperm(len(data), generator=rng(s.seed, BATCH, 0)).split(s.batch):
-        for rows, y in micro_batches(data, batch, s):
-            with autocast(s):
-                logp[rows] = score(model, y, story_mask(y)).view(len(rows), -1)
-    return sum_of_ranks(logp, s)
-
-
-def autocast(s):
-    return torch.autocast(s.device, torch.bfloat16, enabled=s.dtype == "bfloat16")
-
-
-def sum_of_ranks(x, s):
-    if s.world > 1:
-        dist.all_reduce(x)
-    return x
+def dataset_logp(model, data, batches, micro_batch_size):
+    """log pi of the rows in some batches -> (N, n), 0 elsewhere."""
+    device = next(model.parameters()).device
+    logp = torch.zeros(data.shape[:2], device=device)
+    for batch in batches:
+        for rows, y in micro_batches(data, batch, micro_batch_size, device):
+            logp[rows] = seq_logp(model, y, response_mask(y)).view(len(rows), -1)
+    return logp
 
 
 # ---------------------------------------------------------------------------------------------------
 # Training
 
-def get_args(argv=None):
-    """The command line, checked, with every default filled in: those of LOSSES, and run.py's per model."""
-    return settings(LOSSES, argv)
+def autocast(args):
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
-def learning_rate(s, step):
-    """Linear warm-up, then constant; for sft a cosine down to 0."""
-    warm = min(1.0, (step + 1) / max(1, s.warmup))
-    done = max(0, step - s.warmup) / max(1, s.steps - s.warmup) if s.algo == "sft" else 0.0
-    return s.lr * warm * (1 + math.cos(math.pi * done)) / 2
+def get_lr(step, args):
+    """Linear warm-up, then constant."""
+    return args.lr * min(1.0, (step + 1) / max(1, args.warmup))
 
 
-@torch.no_grad()
-def measure(policy, ref, judge, s, n, key) -> dict:
+def batch_metrics(pref, logp, mask, batch_size):
+    """A micro-batch's share of: preference loss, margin, accuracy, log pi of best and second best, tokens -> (6,)."""
+    chosen, rejected = logp[:, 0], logp[:, 1:].amax(1)
+    margin = chosen - rejected
+    means = [x.sum() / batch_size for x in (margin, (margin > 0).float(), chosen, rejected)]
+    return torch.stack((pref.detach(), *means, mask.sum()))
+
+
+def train(args, evaluate=None, generate=generate, stop=None):
     """
-    Of n fresh stories: what the judge says of them; KL to the reference and entropy, in nats a story;
-    length in tokens; the share that is closed.
+    Minimizes Eq. 1 from the model in args.init, which is also the reference -> the policy. evaluate: (policy, ref, step)
+    -> dict to log; the highest "win_rate" is kept in best.pt. stop: a threading.Event that ends it after a step.
     """
-    y = sample(policy, n, s, key)
-    if s.rank:
-        return {}
-    mask, kl, entropy = story_mask(y), [], []
-    for part, m in zip(y.split(64), mask.split(64)):
-        with autocast(s):
-            states = policy.states(part[:, :-1])
-            kl.append(rollout_kl(policy, ref, part, states, ref.states(part[:, :-1])))
-            entropy.append(story_sum(
-                lambda x: torch.special.entr(full_precision(policy.output(x)).softmax(-1)).sum(-1),
-                m[:, 1:].bool(), states))
-    length = mask.sum(1, keepdim=True)
-    return dict(n=n) | judge(y, mask) | dict(
-        kl=torch.cat(kl).mean().item(), entropy=torch.cat(entropy).mean().item(),
-        length=length.float().mean().item(), closed=(y.gather(1, length) == BOS).float().mean().item())
+    policy, ref = load(args.init, args.device), load(args.init, args.device).requires_grad_(False)
+    data, ref_samples = load_data(args, policy.args)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    use_kl = args.algo in ("spo", "best_of_n", "ranked") and args.beta > 0
+    start_step, best_win_rate, skipped, in_a_row = 0, -1.0, 0, 0
+    history, rollouts, rollout_batches = [], None, []
+    open_folder(args)
+    if args.resume:
+        checkpoint = load_run(args, policy, optimizer)
+        start_step, best_win_rate, skipped = (checkpoint[name] for name in ("step", "best_win_rate", "skipped"))
+        history, rollouts = checkpoint["history"], checkpoint["rollouts"]
 
+    # DPO and IPO compare with log pi_ref of the data, which never changes. It is read in the batches of the first
+    # epoch, so that policy and reference agree to the last bit at step 0.
+    first_epoch = torch.randperm(len(data), generator=rng(args.seed, BATCH, 0)).split(args.batch_size)
+    with autocast(args):
+        ref_logp = dataset_logp(ref, data, first_epoch if args.algo in ("dpo", "ipo") else [], args.micro_batch_size)
 
-def evaluate(policy, ref, judge, others, s, step):
-    """
-    Records what measure says, and keeps the model with the highest win-rate so far in best.pt. Of sft: nats
-    a held-out story; of a reward model: the share of the held-out pairs whose better story it puts first.
-    """
-    if s.algo == "sft":
-        return record(s, step=step, nats=-data_logp(policy, others, s).mean().item())
-    if s.algo == "reward":
-        r = data_logp(policy, others, s, story_reward)
-        return record(s, step=step, right=(r[:, 0] > r[:, 1]).float().mean().item())
-    found = measure(policy, ref, judge, s, s.eval_stories, (EVAL, step))
-    if not s.rank and found["win"] > peak(s.out)["win"]:
-        save(policy, f"{s.out}/best.pt")
-    record(s, step=step, **found)
-
-
-def take_in(s):
-    """What a run reads -> reference, policy, data (N, n, T), stories or pairs to evaluate with, judge."""
-    ref, policy = load(s.init, s.device).requires_grad_(False), load(s.init, s.device)
-    tokenizer = load_tokenizer(s.tokenizer, ref.args.vocab_size)
-    file = LOSSES[s.algo][1]
-    n = dict(stories=(1,), pairs=(2,)).get(file, range(2, 100))  # responses a row
-    data = load_tokens(f"{s.data}/{file}.npy", ref.args, n, s.batch)
-    if s.max_new > (longest := ref.args.max_seq_len):
-        raise UserError(f"--max_new is {s.max_new}, but the model reads {longest} tokens at most.")
-    judged = s.algo not in ("sft", "reward")
-    other = dict(sft="heldout", reward="heldout_pairs").get(s.algo, "ref")
-    others = load_tokens(f"{s.data}/{other}.npy", ref.args, (2,) if s.algo == "reward" else (1,),
-                         s.batch if s.algo == "slic" else 1)
-    files = [s.init, s.tokenizer, f"{s.data}/{file}.npy", f"{s.data}/{other}.npy"]
-    files += [f"{s.data}/reward.pt"] * (judged and s.judge == "reward")
-    s.inputs = "".join(sha256(path)[:4] for path in files)
-    if not judged:
-        return ref, policy.scalar_head() if s.algo == "reward" else policy, data, others, None
-    y_ref = trim(torch.from_numpy(others[:2000, 0].astype("int64")).to(s.device))           # (M, T)
-    return ref, policy, data, others, judge_of(s, tokenizer, y_ref, story_mask(y_ref))
-
-
-def preference(policy, data, ref_logp, s, step):
-    """
-    Adds the gradient of the preference loss on this rank's share of a step's batch -> the loss, the mean
-    margin, accuracy and the tokens that count, (4,).
-    """
-    loss_of, score = LOSSES[s.algo][0], story_reward if s.algo == "reward" else seq_logp
-    batch, mu = batch_rows(len(data), s, BATCH, step), torch.ones(len(data), device=s.device)
-    if getattr(s, "gamma", 0) > 0:  # mu's scale is the whole batch's, so all of it is read beforehand
-        mu[batch] = pair_weight(*data_logp(policy, data, s, score, [batch])[batch].T, s.gamma)
-    terms = torch.zeros(4, device=s.device)
-    for rows, y in micro_batches(data, batch, s):
-        with autocast(s):
-            logp = score(policy, y, mask := story_mask(y)).view(len(rows), -1)              # (b, n)
-        loss = loss_of(s, logp, ref_logp[rows], mu[rows]).sum() / s.batch
-        loss.backward()
-        margin = logp[:, 0] - logp[:, 1:].amax(1) if logp.shape[1] > 1 else logp[:, 0] * math.nan
-        won = torch.where(margin > 0, 1.0, 0 * margin)
-        terms += torch.stack((loss, margin.sum() / s.batch, won.sum() / s.batch, mask.sum())).detach()
-    return terms
-
-
-def read_by(ref, y, s):
-    """This rank's share of the rollouts y (R, T), a few at a time, and what the KL needs of the reference."""
-    for part in y[s.rank::s.world].split(s.micro):
-        with autocast(s), torch.no_grad():
-            known = seq_logp(ref, part, story_mask(part)) if s.kl == "sequence" else ref.states(part[:, :-1])
-        yield part, known
-
-
-def regulariser(policy, ref, rollout, others, s, step):
-    """This rank's share of the regulariser, the mean over stories, in pieces to differentiate one by one."""
-    for y, of_ref in rollout:
-        with autocast(s):
-            kl = (sequence_kl(seq_logp(policy, y, story_mask(y)), of_ref) if s.kl == "sequence" else
-                  rollout_kl(policy, ref, y, policy.states(y[:, :-1]), of_ref)).sum() / s.R
-        yield kl
-    if s.algo == "slic":
-        for _, y in micro_batches(others, batch_rows(len(others), s, SLIC, step), s):
-            with autocast(s):
-                nll = -seq_logp(policy, y, story_mask(y)).sum() / s.batch
-            yield nll
-
-
-def train(s) -> int:
-    """Minimises Eq. 1 from s.init, which is the reference too, on the data in s.data -> the step reached."""
-    files = take_in(s)
-    with folder(s) as signals:
-        return minimise(s, signals, *files)
-
-
-def minimise(s, signals, ref, policy, data, others, judge):
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=s.lr, betas=(0.9, 0.95), fused=True)
-    step, evaluated, y_kl, window, skipped = take_up(s, policy, optimizer)
-    print(textwrap.fill(" ".join(f"{k}={v}" for k, v in vars(s).items()), 80, break_on_hyphens=False))
-
-    rolls_out = "R" in LOSSES[s.algo][2] and s.beta > 0
-    ref_logp = (data_logp(ref, data, s) if s.algo in ("dpo", "ipo") else
-                torch.zeros(data.shape[:2], device=s.device))
-    first, began, rollout = step, time.perf_counter(), []
-    print("  step     loss     pref     kl  margin   acc       lr     ms  tok/s   left", flush=True)
-    while True:
-        # 0. what is done so far is saved, then evaluated: so a kill in between loses nothing
-        stop = step > first and bool(sum_of_ranks(torch.tensor(len(signals), device=s.device), s))
-        due = step % s.eval_every == 0 or step == s.steps
-        if step > first and not s.rank and (stop or due):
-            save(policy, f"{s.out}/ckpt.pt", settings=vars(s), step=step, optimizer=optimizer.state_dict(),
-                 rollout=y_kl, window=window, skipped=skipped)
-        if due and step != evaluated and (step == s.steps or not stop):
-            evaluate(policy, ref, judge, others, s, step)
-        if stop or step == s.steps:
+    print("".join(name.rjust(width) for name, width in COLUMNS.items()))
+    for step in range(start_step, args.steps + 1):
+        # 0. save, then evaluate: a run that is killed in between evaluates again when it is resumed
+        stopped = stop is not None and stop.is_set() and start_step < step < args.steps
+        if stopped or step % args.eval_every == 0 or step == args.steps:
+            save(policy, f"{args.out}/ckpt.pt", step=step, optimizer=optimizer.state_dict(), rollouts=rollouts,
+                 history=history, best_win_rate=best_win_rate, skipped=skipped, args=vars(args))
+            if evaluate and not stopped:
+                results = evaluate(policy, ref, step)
+                if results.get("win_rate", -1.0) > best_win_rate:
+                    best_win_rate = results["win_rate"]
+                    save(policy, f"{args.out}/best.pt")
+                log(args, step=step, **results)
+        if stopped or step == args.steps:
             break
-        started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(s, step)
+        step_time, lr = time.perf_counter(), get_lr(step, args)
+        optimizer.param_groups[0]["lr"] = lr
 
-        # 1. every k steps, R fresh stories of the current model; the reference reads them once
-        if rolls_out and (step % s.k == 0 or step == first):
-            if step % s.k == 0:
-                y_kl = sample(policy, s.R, s, (ROLLOUT, step))                          # (R, T)
-            rollout = list(read_by(ref, y_kl, s))
+        # 1. every k steps, R fresh rollouts from the current policy; the reference reads them once (Appendix D)
+        if use_kl and (step % args.rollout_every == 0 or step == start_step):
+            with autocast(args):
+                if step % args.rollout_every == 0:
+                    generator = rng(args.seed, ROLLOUT, step)
+                    rollouts = sample(policy, args.num_rollouts, args.max_new_tokens, generator, generate)  # (R, T)
+                rollout_batches = with_reference(ref, rollouts, args.micro_batch_size)
 
-        # 2. and 3. Eq. 1: preference loss + beta * regulariser, each with its gradient
+        # 2. the preference loss, on a batch of the data
         optimizer.zero_grad()
-        terms = preference(policy, data, ref_logp, s, step)
-        reg = torch.zeros(1, device=s.device)
-        for part in regulariser(policy, ref, rollout, others, s, step):
-            (s.beta * part).backward()
-            reg += part.detach()
+        batch = batch_indices(len(data), args.batch_size, args.seed, BATCH, step)
+        mu = torch.ones(len(data), device=args.device)
+        if args.algo == "spo" and args.gamma > 0:  # Section 4; mu has mean 1 over the batch, so all is read first
+            with autocast(args):
+                logp_w, logp_l = dataset_logp(policy, data, [batch], args.micro_batch_size)[batch].T
+            mu[batch] = pair_weight(logp_w, logp_l, args.gamma)
+        metrics = torch.zeros(6, device=args.device)
+        for rows, y in micro_batches(data, batch, args.micro_batch_size, args.device):
+            mask = response_mask(y)
+            with autocast(args):
+                logp = seq_logp(policy, y, mask).view(len(rows), -1)                # (b, n)
+            pref = preference_loss(args, logp, ref_logp[rows], mu[rows]).sum() / args.batch_size
+            pref.backward()
+            metrics += batch_metrics(pref, logp.detach(), mask, args.batch_size)
 
-        # 4. AdamW on the clipped gradient of all ranks
-        for p in policy.parameters():
-            sum_of_ranks(p.grad, s)
-        pref, margin, accuracy, tokens, reg = sum_of_ranks(torch.cat((terms, reg)), s)
-        loss = pref + getattr(s, "beta", 0) * reg
-        if (torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0) + loss).isfinite():
+        # 3. + beta * the regularizer: the KL on the rollouts; for SLiC-HF the NLL of samples of the reference
+        reg = torch.zeros(1, device=args.device)
+        for y, ref_hidden in rollout_batches:
+            with autocast(args):
+                kl = rollout_kl(policy, ref, y, ref_hidden).sum() / args.num_rollouts
+            (args.beta * kl).backward()
+            reg += kl.detach()
+        if args.algo == "slic":
+            batch = batch_indices(len(ref_samples), args.batch_size, args.seed, SLIC_BATCH, step)
+            for _, y in micro_batches(ref_samples, batch, args.micro_batch_size, args.device):
+                with autocast(args):
+                    nll = -seq_logp(policy, y, response_mask(y)).sum() / args.batch_size
+                (args.beta * nll).backward()
+                reg += nll.detach()
+
+        # 4. AdamW on the gradient, clipped at norm 1; a step that is not finite is skipped
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        loss = metrics[:1] + args.beta * reg
+        if (grad_norm + loss).isfinite():
             optimizer.step()
+            in_a_row = 0
         else:
-            skipped.append(step)
-            print(f"step {step} is skipped: its loss, {loss:.3g}, or its gradient is not finite")
-            if skipped[-5:] == list(range(step - 4, step + 1)):
-                raise UserError(f"the loss or gradient was not finite in steps {step - 4} to {step}: begin anew "
-                                f"with a lower --lr; the last good model, if there is one, is {s.out}/ckpt.pt.")
-        step += 1
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            print(f"step {step} is skipped: its loss or gradient is not finite")
+            if in_a_row == 5:
+                raise UserError(f"steps {step - 4} to {step} were not finite: start again with a lower --lr.")
 
-        # 5. log the mean of the steps since the last line
-        kl = reg if rolls_out else reg * math.nan
-        window.append((torch.stack((loss, pref, kl, margin, accuracy, tokens)), time.perf_counter() - started))
-        if step == 1 or step % s.log_every == 0:
-            terms, seconds = zip(*window)
-            loss, pref, kl, margin, accuracy, tokens = torch.stack(terms).mean(0).tolist()
-            ms = 1e3 * sum(seconds) / len(window)
-            record(s, step=step, loss=loss, pref=pref, kl=kl, margin=margin, accuracy=accuracy, lr=group["lr"],
-                   ms=ms, tokens_s=1e3 * tokens / ms, skipped=len(skipped),
-                   left=(time.perf_counter() - began) / (step - first) * (s.steps - step))
-            window = []
-    if step == s.steps and judge:
-        show(s, policy.args.vocab_size, *(sample(model, 3, s, (SHOW,)) for model in (ref, policy)))
-    return step
+        # 5. log the mean since the last record
+        seconds = torch.tensor([time.perf_counter() - step_time], device=args.device)
+        history.append(torch.cat((loss, metrics, reg, grad_norm[None], seconds)))
+        if step == 0 or (step + 1) % args.log_every == 0:
+            log_training(args, step + 1, history, lr, skipped)
+            history = []
+    return policy
 
 
-def main():
-    s = get_args()
-    with ranks(s):
-        if (step := train(s)) < s.steps:
-            print(f"stopped, and saved at step {step}: the same command with RESUME=1 (--resume) goes on")
-            raise KeyboardInterrupt
+# ---------------------------------------------------------------------------------------------------
+# A run's folder: settings.json, log.jsonl, best.pt, and ckpt.pt, which --resume continues from
+
+def load_data(args, model_args):
+    """The preference data (N, n, T), best first, and for SLiC-HF samples of the reference (M, 1, T)."""
+    name = {"best_of_n": "best.npy", "ranked": "ranked.npy"}.get(args.algo, "pairs.npy")
+    data = load_responses(f"{args.data}/{name}", model_args, args.batch_size, 2 if name == "pairs.npy" else None)
+    args.hashes |= {"init": file_hash(args.init), name: file_hash(f"{args.data}/{name}")}
+    if args.max_new_tokens > model_args.max_seq_len:
+        raise UserError(f"--max_new_tokens is {args.max_new_tokens}, but the model reads {model_args.max_seq_len}.")
+    if args.algo != "slic":
+        return data, None
+    args.hashes["ref.npy"] = file_hash(f"{args.data}/ref.npy")
+    return data, load_responses(f"{args.data}/ref.npy", model_args, args.batch_size, 1)
+
+
+def open_folder(args):
+    """Creates args.out, which must not hold a run unless it is to be resumed."""
+    used = [name for name in ("ckpt.pt", "best.pt", "log.jsonl") if os.path.exists(f"{args.out}/{name}")]
+    if used and not args.resume:
+        raise UserError(f"{args.out} holds an earlier run ({', '.join(used)}): continue it with --resume (make: "
+                        "RESUME=1), or name another folder with --out (OUT=).")
+    if args.resume and "ckpt.pt" not in used:
+        raise UserError(f"{args.out} has no ckpt.pt, so there is nothing to resume: leave out --resume.")
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{args.out} cannot be created ({e.strerror}): name another folder with --out.") from None
+    for name in os.listdir(args.out):
+        if name.endswith(".part"):  # of a run that was killed while it saved
+            os.remove(f"{args.out}/{name}")
+    with atomic_write(f"{args.out}/settings.json") as f:
+        f.write(json.dumps(vars(args), indent=1).encode())
+
+
+# What may differ when a run is resumed. Files are compared by their hashes, wherever they are now.
+MAY_DIFFER = {"resume", "out", "device", "micro_batch_size", "fast_sampling", "data", "init", "tokenizer", "model",
+              "steps", "hashes"}
+
+
+def load_run(args, policy, optimizer):
+    """Loads args.out's checkpoint into policy and optimizer, and cuts the log back to it -> the checkpoint."""
+    path = f"{args.out}/ckpt.pt"
+    checkpoint = load_checkpoint(path, args.device)
+    try:
+        earlier, now = checkpoint["args"] | checkpoint["args"]["hashes"], vars(args) | args.hashes
+        for name in sorted(now.keys() - MAY_DIFFER):
+            if earlier.get(name) != now[name]:
+                raise UserError(f"{args.out} was started with {name} {str(earlier.get(name))[:20]}, not "
+                                f"{str(now[name])[:20]}: resume with the same, or start another run with --out.")
+        if checkpoint["step"] > args.steps:
+            raise UserError(f"{args.out} is at step {checkpoint['step']} already: give --steps that many or more.")
+        policy.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        assert all(row.shape == (10,) for row in checkpoint["history"]), "history"
+        assert checkpoint["rollouts"] is None or checkpoint["rollouts"].max() < policy.args.vocab_size, "rollouts"
+        cut_log(f"{args.out}/log.jsonl", checkpoint["step"])
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as e:
+        raise UserError(f"{args.out} is not what a run from {args.init} leaves, in ckpt.pt or log.jsonl: "
+                        f"{' '.join(str(e).split())[:80]}.") from None
+    return checkpoint
+
+
+def cut_log(path, step):
+    """Removes what was logged after the checkpoint of this step, and its evaluation, which is repeated."""
+    with open(path, "a+") as f:  # which creates it for a run that was killed before its first record
+        f.seek(0)
+        records = [json.loads(line) for line in f if line.endswith("\n")]  # a killed run can leave half a line
+    kept = [r for r in records if r["step"] < step or r["step"] == step and "loss" in r]
+    with atomic_write(path) as f:
+        f.write("".join(json.dumps(r) + "\n" for r in kept).encode())
+
+
+COLUMNS = {"step": 6, "loss": 9, "reg": 8, "margin": 9, "accuracy": 10, "chosen": 9, "rejected": 10, "grad_norm": 11,
+           "eta": 8}  # what a training record shows on the screen, and how wide
+
+
+def log(args, **record):
+    """Appends a record to log.jsonl, so that it is on the disk before the next checkpoint, and shows it."""
+    with open(f"{args.out}/log.jsonl", "a") as f:
+        f.write(json.dumps(record) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    cells = {name: f"{x:.3f}" if isinstance(x, float) else str(x) for name, x in record.items()}
+    if "loss" in record:
+        print("".join(cells[name].rjust(width) for name, width in COLUMNS.items()), flush=True)
+    else:
+        print(textwrap.fill("  ".join(f"{name} {x}" for name, x in cells.items()), 80), flush=True)
+
+
+def log_training(args, step, history, lr, skipped):
+    """Logs the mean of the steps in history."""
+    names = ("loss", "pref", "margin", "accuracy", "chosen", "rejected", "tokens", "reg", "grad_norm", "seconds")
+    record = dict(zip(names, torch.stack(history).mean(0).tolist()))
+    tokens, seconds = record.pop("tokens"), record.pop("seconds")
+    eta = str(datetime.timedelta(seconds=int(seconds * (args.steps - step))))
+    log(args, step=step, **record, lr=lr, ms=1e3 * seconds, tokens_per_s=tokens / seconds, skipped=skipped, eta=eta)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Command line
+
+# What each algorithm reads, with defaults measured on the toy world; a flag that it does not read is an error. The
+# paper sweeps alpha, beta and delta (E.2) and does not say which won; it has 32 rollouts every 8 steps.
+ALGOS = {
+    "spo": dict(alpha=0.01, beta=0.05, gamma=0.0, num_rollouts=8, rollout_every=8),
+    "best_of_n": dict(alpha=0.01, beta=0.1, num_rollouts=8, rollout_every=8),
+    "ranked": dict(alpha=0.01, beta=0.1, num_rollouts=8, rollout_every=8),
+    "dpo": dict(beta=0.1),
+    "ipo": dict(beta=0.03),
+    "slic": dict(beta=0.1, delta=10.0),
+}
+HELP = dict(alpha="softness: the fixed point is softmax(r / alpha)", gamma="exponent of Section 4's weight mu; 0: none",
+            beta="weight of the regularizer; for dpo its own beta, for ipo its tau", delta="SLiC-HF's margin",
+            num_rollouts="samples per rollout, R", rollout_every="steps between rollouts, Appendix D's k")
+# Per model. PAPER is E.2's, but for lr, which the paper does not give: a guess, not measured.
+TOY = dict(batch_size=16, micro_batch_size=64, lr=2e-4, warmup=50, steps=500, max_new_tokens=100, eval_every=50,
+           num_eval_samples=256, judge="toy")
+PAPER = dict(batch_size=128, micro_batch_size=32, lr=1e-5, warmup=5000, steps=40000, max_new_tokens=255,
+             eval_every=1000, num_eval_samples=1000, judge="reward", num_rollouts=32)
+MODELS = {"toy": TOY, "toy-naive": TOY | {"judge": "toy-naive"}, "stories260K": PAPER, "stories15M": PAPER,
+          "stories42M": PAPER, "stories110M": PAPER}
+JUDGES = ("none", "toy", "toy-naive", "reward", "llm")
+AT_LEAST_1 = ("num_rollouts", "rollout_every", "batch_size", "micro_batch_size", "steps", "max_new_tokens",
+              "eval_every", "num_eval_samples", "log_every")
+
+
+def get_args(argv=None):
+    """The command line, checked; its defaults depend on --algo and --model."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--algo", choices=ALGOS, default="spo", help="the preference loss")
+    first.add_argument("--model", choices=MODELS, default="toy", help="whose defaults, and which folder under data/")
+    chosen, _ = first.parse_known_args(argv)
+    algo, model = chosen.algo, chosen.model
+    p = argparse.ArgumentParser(
+        parents=[first], allow_abbrev=False, usage="spo.py [flags]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Align a model by SPO (arXiv 2405.00747), or by a method it is compared with. The flags and "
+        "defaults shown are those of the given --algo and --model.")
+    g = p.add_argument_group(f"method ({algo})")
+    for name, default in ALGOS[algo].items():
+        g.add_argument(f"--{name}", type=type(default), default=default, help=HELP[name])
+    g = p.add_argument_group("optimization")
+    g.add_argument("--batch_size", type=int, help="rows of the preference data per step")
+    g.add_argument("--micro_batch_size", type=int, help="responses per forward pass; fewer need less memory")
+    g.add_argument("--lr", type=float, help="AdamW's learning rate after warm-up")
+    g.add_argument("--warmup", type=int, help="steps of linear warm-up")
+    g.add_argument("--steps", type=int, help="training steps")
+    g.add_argument("--max_new_tokens", type=int, help="longest sample, in tokens")
+    g = p.add_argument_group("evaluation")
+    g.add_argument("--judge", choices=JUDGES, help="who compares samples with the reference's (docs/data.md)")
+    g.add_argument("--eval_every", type=int, help="steps between evaluations, and checkpoints")
+    g.add_argument("--num_eval_samples", type=int, help="samples per evaluation")
+    g.add_argument("--log_every", type=int, default=10, help="steps between training records")
+    g = p.add_argument_group("run")
+    g.add_argument("--data", default=f"data/{model}", help="folder of sft.pt and the token files")
+    g.add_argument("--init", default="<data>/sft.pt", help="the model to start from, and the reference")
+    g.add_argument("--tokenizer", default="tokenizer.model" if "toy" in model else "<data>/tokenizer.model",
+                   help="the model's own sentencepiece model, with which the judge reads samples")
+    g.add_argument("--out", default="out/<model>-<algo>-<settings>-seed<seed>", help="the run's folder")
+    g.add_argument("--seed", type=int, default=0, help="of batches, rollouts and evaluations")
+    g.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="where to compute")
+    g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
+    g.add_argument("--fast_sampling", action="store_true", help="compiled rollouts (extras/fast_generate.py)")
+    g.add_argument("--resume", action="store_true", help="continue from <out>/ckpt.pt")
+    p.set_defaults(**{name: x for name, x in MODELS[model].items() if name in ALGOS[algo] or name not in HELP})
+    args = p.parse_args(argv)
+    for name, x in vars(args).items():
+        low = 1 if name in AT_LEAST_1 else 0
+        if isinstance(x, (int, float)) and not low <= x < math.inf:
+            p.error(f"--{name} is {x}: it must be a finite number, {low} or more")
+    if algo == "ipo" and args.beta == 0:
+        p.error("--beta is 0, but ipo's target margin is 1/(2 beta)")
+    settings = "-".join(f"{name}{getattr(args, name):g}" for name in ALGOS[algo] if name not in AT_LEAST_1)
+    args.init = args.init.replace("<data>", args.data)
+    args.tokenizer = args.tokenizer.replace("<data>", args.data)
+    args.out = args.out.replace("<model>-<algo>-<settings>-seed<seed>", f"{model}-{algo}-{settings}-seed{args.seed}")
+    args.hashes = {}  # of the files that the run reads, compared when it is resumed
+    return args
+
+
+def stop_on_signal():
+    """An Event that the first Ctrl-C or SIGTERM sets, so that train finishes its step; a second one ends at once."""
+    import signal
+    stop = threading.Event()
+
+    def handler(number, frame):
+        stop.set()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.write(1, b"finishing this step; press Ctrl-C again to stop at once\n")  # print is not safe in a handler
+
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    return stop
+
+
+def main(argv=None):
+    args = get_args(argv)
+    evaluate, sampler = None, generate
+    if args.judge != "none":
+        from extras.judge import make_evaluate  # win rate, KL and entropy of fresh samples
+        evaluate = make_evaluate(args)
+    if args.fast_sampling:
+        from extras.fast_generate import fast_generate as sampler
+    print(textwrap.fill(" ".join(f"{name}={x}" for name, x in vars(args).items() if name != "hashes"), 80))
+    stop = stop_on_signal()
+    train(args, evaluate, sampler, stop)
+    if stop.is_set():
+        print(f"stopped, and saved in {args.out}: continue with --resume (make: RESUME=1)")
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    cli(main)
+    try:
+        main()
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full: use a smaller --micro_batch_size.", file=sys.stderr)
+        sys.exit(2)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

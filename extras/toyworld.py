@@ -1,11 +1,11 @@
 """
-The embedded world: a small grammar that writes children's stories, and an expert whose reward is known.
+The toy world: a small grammar that generates children's stories, and an expert whose reward is known.
 
-Nothing here is learned. The grammar says what a story is, how likely each one is, and so what entropy
-a perfect writer has; the expert says what a story is worth, so that r(y) of the Bradley-Terry model
-(Eq. 2) is a number one can print. Real data give neither.
+Nothing here is learned. The grammar defines a distribution over stories, and so the lowest loss that a language
+model of them can reach, its entropy. The expert scores a story, so that r(y) of the Bradley-Terry model (Eq. 2) is
+a number one can print. Real data give neither.
 
-    python toyworld.py        # three stories, what the expert thinks of them, and the entropy
+    python -m extras.toyworld        # three stories with their scores, and the entropy
 """
 import math
 import random
@@ -36,8 +36,8 @@ SLOTS = {name: (plain.split(), rich.split()) for name, plain, rich in [
 ]}
 GIRLS, BOYS = "Lily Mia Anna Sue Rose".split(), "Tom Ben Max Tim Sam".split()
 
-# A story takes its stages in this order, each with its probability, in one of its templates, all alike.
-# {thing} and {hero}, and the words that follow from the hero, are chosen once a story; other slots anew.
+# A story has its stages in this order, each with its probability; a stage's templates are equally likely. {thing} and
+# {hero}, and the words that depend on the hero, are chosen once per story, the other slots each time they occur.
 STAGES = [
     ("opening", 1.0, ["Once there was a {trait} {child} named {hero}.",
                       "One {time} {hero} walked to the {place}.",
@@ -65,24 +65,33 @@ STAGES = [
 
 
 def agreement(hero: str) -> dict[str, str]:
-    """The words that follow from the hero."""
-    return (dict(hero=hero, child="girl", He="She", him="her") if hero in GIRLS else
-            dict(hero=hero, child="boy", He="He", him="him"))
+    """The words that depend on the hero."""
+    if hero in GIRLS:
+        return dict(hero=hero, child="girl", He="She", him="her")
+    return dict(hero=hero, child="boy", He="He", him="him")
 
 
 def write_story(rng: random.Random) -> str:
-    """One story of the grammar."""
-    def word(slot: str) -> str:
-        return rng.choice(SLOTS[slot][rng.random() < RICH])
+    """One random story of the grammar."""
+    def word(slot):
+        plain, rich = SLOTS[slot]
+        return rng.choice(rich if rng.random() < RICH else plain)
 
-    agreed = agreement(rng.choice(GIRLS + BOYS)) | {"thing": word("thing")}
-    sentences = [re.sub(r"{(\w+)}", lambda m: agreed.get(m[1]) or word(m[1]), rng.choice(templates))
-                 for _, chance, templates in STAGES if rng.random() < chance]
+    agreed = agreement(rng.choice(GIRLS + BOYS))
+    agreed["thing"] = word("thing")
+
+    def fill(match):
+        return agreed.get(match[1]) or word(match[1])
+
+    sentences = []
+    for _, chance, templates in STAGES:
+        if rng.random() < chance:
+            sentences.append(re.sub(r"{(\w+)}", fill, rng.choice(templates)))
     return " ".join(sentences)
 
 
 def entropy() -> float:
-    """Nats a story, exact: every choice can be read off the story, so the choices' entropies add up."""
+    """Nats per story, exact: a story determines the choices that led to it, so the choices' entropies add up."""
     def nats(*probabilities: float) -> float:
         return -sum(p * math.log(p) for p in probabilities if p > 0)
 
@@ -97,10 +106,10 @@ def entropy() -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Reading a story back
+# Parsing
 
 def _pattern(template: str) -> re.Pattern:
-    """A template as a regular expression; the words that must agree through a story are named groups."""
+    """A template as a regular expression; the words that must agree throughout a story are named groups."""
     words = {name: plain + rich for name, (plain, rich) in SLOTS.items()}
     words |= dict(hero=GIRLS + BOYS, child=["girl", "boy"], He=["She", "He"], him=["her", "him"])
     pattern = ""
@@ -114,16 +123,21 @@ _PATTERNS = [(stage, _pattern(t)) for stage, (_, _, templates) in enumerate(STAG
 
 
 def parse(story: str) -> list[tuple[str, int | None, dict[str, str]]]:
-    """Each sentence with the number of its stage (None: not in the grammar) and its agreeing words."""
+    """Each sentence, the index of its stage (None: not in the grammar) and its words that must agree."""
     parsed = []
     for sentence in re.split(r"(?<=[.!?])\s+", story.strip()):
-        matches = [(stage, m.groupdict()) for stage, p in _PATTERNS if (m := p.fullmatch(sentence))]
-        parsed.append((sentence, *(matches[0] if matches else (None, {}))))
+        stage, words = None, {}
+        for i, pattern in _PATTERNS:
+            match = pattern.fullmatch(sentence)
+            if match:
+                stage, words = i, match.groupdict()
+                break
+        parsed.append((sentence, stage, words))
     return parsed
 
 
 def in_grammar(story: str) -> bool:
-    """Could the grammar have written this? The right stages in order, one hero and thing throughout."""
+    """Whether the grammar can generate the story: the right stages in order, one hero and thing throughout."""
     parsed = parse(story)
     stages = [stage for _, stage, _ in parsed]
     if None in stages or stages != sorted(set(stages)):
@@ -138,13 +152,15 @@ def in_grammar(story: str) -> bool:
 # ---------------------------------------------------------------------------------------------------
 # The expert
 
+TASTES = {"toy": "limited", "toy-naive": "naive"}  # model, and the judge of the same name -> what it likes
+
+
 def score(story: str, taste: str = "limited") -> float:
     """
-    What the expert gives a story, about 0 to 10. Both tastes like long words (different ones, of eight
-    letters or more), dialogue and a twist, and dislike a long word said again (but for the thing) and
-    nonsense: a sentence outside the grammar, a sentence repeated, no ending.
-    `limited` has had enough at six long words and takes beyond eight for purple prose;
-    `naive` likes each one more, up to a score of 10.
+    The expert's score of a story, about 0 to 10. Both tastes reward long words (different ones, of eight letters or
+    more), dialogue and a twist, and penalize a long word that is repeated (but for the thing) and nonsense: a
+    sentence outside the grammar, a repeated sentence, no ending. `limited` rewards up to six long words and
+    penalizes more than eight; `naive` rewards every one, up to a score of 10.
     """
     parsed = parse(story)
     sentences, stages = [s for s, _, _ in parsed], {STAGES[i][0] for _, i, _ in parsed if i is not None}
@@ -170,4 +186,4 @@ if __name__ == "__main__":
     for _ in range(3):
         story = write_story(rng)
         print(f"score {score(story):4.1f}   {story}\n")
-    print(f"a perfect writer of these stories has an entropy of {entropy():.2f} nats a story")
+    print(f"entropy: {entropy():.2f} nats per story")

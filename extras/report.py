@@ -1,0 +1,230 @@
+"""
+The paper's experiment on the toy world, and plots of any runs. Repeated after a stop, it trains what is missing.
+
+    python -m extras.report                     # Table 1 and Figure 1, in out/report/toy
+    python -m extras.report --model toy-naive   # the same under the naive expert
+    python -m extras.report --ablations         # one setting of SPO changed at a time, in out/report/ablations
+    python -m extras.report --plot out/A out/B --out plot.png
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from extras.judge import best_evaluation, read_log
+from model import UserError, atomic_write, file_hash
+
+# Each method is tuned over four settings by its mean peak on two seeds; the best one runs on five other seeds. The
+# peak is the best evaluation of the first STEPS steps; that model is evaluated again on 1,000 fresh samples, since
+# the highest of several is biased upwards. Training then continues to OVERTRAIN times as many steps.
+STEPS, OVERTRAIN = 300, 5
+TUNE_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
+GRID = {
+    "spo": [f"--algo spo --alpha {alpha} --beta 0.05 --lr {lr}" for alpha in (0.1, 0.3) for lr in ("4e-4", "6e-4")],
+    "dpo": [f"--algo dpo --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in ("4e-4", "6e-4")],
+    "ipo": [f"--algo ipo --beta {beta} --lr {lr}" for beta in (0.03, 0.1) for lr in ("4e-4", "6e-4")],
+    "slic": [f"--algo slic --delta 10 --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in ("4e-4", "6e-4")],
+}
+SPO = "--algo spo --alpha 0.3 --beta 0.05 --lr 4e-4"  # what Table 1 tunes it to, and what ablations change
+ABLATIONS = ["", "--beta 0", "--beta 0.01", "--beta 0.2", "--beta 1", "--beta 0.001 --alpha 0.01",
+             "--beta 0.001 --alpha 0.1", "--beta 0.001 --alpha 1", "--algo dpo --beta 0.001 --lr 4e-4",
+             "--gamma 0.03", "--gamma 0.1", "--gamma 0.3", "--gamma 1", "--rollout_every 1", "--rollout_every 32",
+             "--num_rollouts 32", "--num_rollouts 128"]
+COLUMNS = {"step": 0, "win_rate": 3, "kl": 1, "entropy": 1, "length": 1}  # field of an evaluation -> digits
+KL_BANDS = (1, 2, 4, 6, 8, 10, 15, 25)  # where one band of KL ends and the next begins, nats per story
+
+
+def run_program(*argv):
+    """Runs one of our programs on one CPU thread. Its output is kept back, but for the error if it fails."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *argv], env=env, text=True, capture_output=True)
+    if done.returncode != 0:
+        last_line = (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise UserError(f"{' '.join(argv)} failed: {last_line}")
+
+
+def write_text(path, text):
+    with atomic_write(path) as f:
+        f.write(text.encode())
+
+
+def same_data(data, folder):
+    """Raises UserError if the runs in `folder` were trained on other files than `data` holds now."""
+    if not os.path.exists(f"{data}/ref.npy"):
+        raise UserError(f"{data}/ref.npy does not exist: create {data} with `make data` first.")
+    hashes = {name: file_hash(f"{data}/{name}") for name in ("sft.pt", "pairs.npy", "ref.npy")}
+    os.makedirs(folder, exist_ok=True)
+    if not os.path.exists(f"{folder}/data.json"):
+        write_text(f"{folder}/data.json", json.dumps(hashes, indent=1))
+    with open(f"{folder}/data.json") as f:
+        if json.load(f) != hashes:
+            raise UserError(f"the runs in {folder} are on other data than {data} holds now: move {folder} away.")
+
+
+def read_evaluations(out):
+    return [r for r in read_log(out) if r.get("win_rate") is not None]
+
+
+def train_until(steps, flags, folder):
+    """Trains to so many steps, resuming a run that was stopped or is shorter -> the run's own folder."""
+    out = f"{folder}/{'-'.join(flags.replace('--', '').split()[1:])}"
+    argv = ["spo.py", *flags.split(), "--steps", str(steps), "--out", out]
+    if not os.path.exists(f"{out}/ckpt.pt"):
+        run_program(*argv)
+    elif max((r["step"] for r in read_evaluations(out)), default=-1) < steps:
+        run_program(*argv, "--resume")
+    best = best_evaluation(out)
+    print(f"peak {best['win_rate']:.3f} at step {best['step']}: {os.path.basename(out)}", flush=True)
+    return out
+
+
+def report(model, folder):
+    """Makes in `folder` every run, table.md and figure1.png."""
+    same_data(f"data/{model}", folder)
+
+    def tune(flags):
+        runs = [train_until(STEPS, f"{flags} --model {model} --seed {seed}", folder) for seed in TUNE_SEEDS]
+        return np.mean([best_evaluation(out)["win_rate"] for out in runs])
+
+    def run(flags):
+        out = train_until(STEPS, flags, folder)
+        if not os.path.exists(f"{out}/peak.json"):  # now, before best.pt is a later model
+            run_program("-m", "extras.judge", f"{out}/best.pt", *flags.split())
+            with open(f"{out}/evaluations.jsonl") as f:
+                peak = json.loads(f.readlines()[-1]) | {"step": best_evaluation(out)["step"]}
+            write_text(f"{out}/peak.json", json.dumps(peak, indent=1))
+        train_until(OVERTRAIN * STEPS, flags, folder)
+        with open(f"{out}/peak.json") as f:
+            return json.load(f), read_evaluations(out)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        candidates = [flags for grid in GRID.values() for flags in grid]
+        means = dict(zip(candidates, pool.map(tune, candidates)))
+        tuned = {algo: max(grid, key=means.get) for algo, grid in GRID.items()}
+        chosen = [f"{flags} --model {model} --seed {seed}" for flags in tuned.values() for seed in SEEDS]
+        results = list(pool.map(run, chosen))
+    runs = {algo: results[i * len(SEEDS):(i + 1) * len(SEEDS)] for i, algo in enumerate(tuned)}
+    write_text(f"{folder}/table.md", table(runs, tuned) + "\n" + winrate_by_kl(runs))
+    figure(runs, f"{folder}/figure1.png")
+    print(f"{folder}/table.md and figure1.png are written")
+
+
+def ablations(folder):
+    """Makes in `folder` the runs of ABLATIONS, on one seed, and table.md."""
+    same_data("data/toy", folder)
+
+    def run(change):
+        return train_until(STEPS, change if change.startswith("--algo") else f"{SPO} {change}", folder)
+
+    rows = [["changed", "evaluation", *COLUMNS, "ms per step"]]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for change, out in zip(ABLATIONS, pool.map(run, ABLATIONS)):
+            ms = np.median([r["ms"] for r in read_log(out) if "loss" in r])
+            for name, r in (("peak", best_evaluation(out)), ("last", read_evaluations(out)[-1])):
+                cells = [f"{r[column]:.{digits}f}" for column, digits in COLUMNS.items()]
+                rows.append([f"`{change or SPO}`", name, *cells, f"{ms:.0f}"])
+    write_text(f"{folder}/table.md", markdown(rows))
+    print(f"{folder}/table.md is written")
+
+
+# Tables and figures. runs: method -> for each seed, its peak's record and the evaluations during training
+def markdown(rows):
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def mean_se(values, digits=3):
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
+
+
+def table(runs, tuned):
+    """Table 1: means and standard errors over the seeds; leads are paired by seed. tuned: method -> flags."""
+    names = ["peak", f"step {STEPS}", f"{OVERTRAIN}x the peak's step", f"step {OVERTRAIN * STEPS}"]
+    selected = {algo: [] for algo in runs}  # for each seed the four records
+    for algo, seeds in runs.items():
+        for peak, evaluations in seeds:
+            at = {r["step"]: r for r in evaluations}
+            selected[algo].append([peak, at[STEPS], at[OVERTRAIN * peak["step"]], at[OVERTRAIN * STEPS]])
+    rows = [["method", "evaluation", *COLUMNS, "SPO's lead"]]
+    for i, name in enumerate(names):
+        for algo in runs:
+            records = [record[i] for record in selected[algo]]
+            leads = [spo[i]["win_rate"] - r["win_rate"] for spo, r in zip(selected["spo"], records)]
+            cells = [mean_se([r[column] for r in records], digits) for column, digits in COLUMNS.items()]
+            cells.append(mean_se(leads) if algo != "spo" else "")
+            rows.append([f"`{tuned[algo].removeprefix('--algo ')}`", name, *cells])
+    return markdown(rows)
+
+
+def winrate_by_kl(runs):
+    """The mean win rate of all seeds' evaluations in each band of KL, and in parentheses how many there are."""
+    middle = [f"{low} to {high}" for low, high in zip(KL_BANDS, KL_BANDS[1:])]
+    rows = [["kl", f"below {KL_BANDS[0]}", *middle, f"{KL_BANDS[-1]} and more"]]
+    for algo, seeds in runs.items():
+        bands = [[] for _ in rows[0][1:]]
+        for _, evaluations in seeds:
+            for r in evaluations:
+                bands[np.digitize(r["kl"], KL_BANDS)].append(r["win_rate"])
+        rows.append([f"`{algo}`", *(f"{np.mean(band):.3f} ({len(band)})" if band else "-" for band in bands)])
+    return markdown(rows)
+
+
+def figure(runs, path):
+    """Win rate and KL against steps, win rate against KL; means over seeds, shaded: standard deviations."""
+    try:
+        import matplotlib.pyplot as plt  # here, because nothing else needs it
+    except ImportError:
+        raise UserError("figures need matplotlib: run `make plot` or `pip install matplotlib==3.11.2`.") from None
+    plt.switch_backend("Agg")
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.2 + 0.2 * len(runs)), layout="constrained")
+    for i, (name, seeds) in enumerate(runs.items()):
+        step, win_rate, kl = (np.array([[r[field] for r in evaluations] for _, evaluations in seeds], float)
+                              for field in ("step", "win_rate", "kl"))              # (seeds, evaluations)
+        style = dict(color=f"C{i}", marker="os^Dv"[i % 5], ls=("-", "--", "-.", ":")[i % 4], ms=4)
+        for ax, y in ((axes[0], win_rate), (axes[1], kl)):
+            mean, deviation = y.mean(0), y.std(0, ddof=min(1, len(y) - 1))
+            ax.plot(step[0], mean, label=name, markevery=max(1, len(mean) // 8), **style)
+            ax.locator_params(axis="x", integer=True)
+            ax.fill_between(step[0], mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
+        axes[2].plot(kl.flatten(), win_rate.flatten(), mfc="none", alpha=0.7, **style | {"ls": ""})
+    for ax, x, y in zip(axes, ("step", "step", "kl"), ("win_rate", "kl", "win_rate")):
+        ax.set(xlabel=x, ylabel=y)
+        ax.grid(alpha=0.3)
+        if y == "win_rate":
+            ax.axhline(0.5, color="grey", lw=0.8)
+    fig.legend(handles=axes[0].lines[:-1], loc="outside lower center", ncols=max(1, 99 // max(map(len, runs))))
+    with atomic_write(path) as f:
+        fig.savefig(f, format="png", dpi=100)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Table 1 and Figure 1, ablations, or plots.", allow_abbrev=False)
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--model", choices=("toy", "toy-naive"), default="toy", help="whose expert judges Table 1")
+    which.add_argument("--ablations", action="store_true", help="change one setting of SPO at a time")
+    which.add_argument("--plot", nargs="+", metavar="RUN", help="plot the evaluations of these runs' folders")
+    p.add_argument("--out", help="the PNG that --plot writes (default: plot.png)")
+    args = p.parse_args(argv)
+    if args.out and (not args.plot or not args.out.endswith(".png")):
+        p.error("--out is the name of the PNG that --plot writes, so it ends with .png")
+    if args.plot:
+        runs = {out: [(best_evaluation(out), read_evaluations(out))] for out in args.plot}
+        figure(runs, args.out or "plot.png")
+    elif args.ablations:
+        ablations("out/report/ablations")
+    else:
+        report(args.model, f"out/report/{args.model}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

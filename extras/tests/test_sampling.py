@@ -1,0 +1,130 @@
+"""fast_generate against model.generate, and the two estimators of the KL's gradient against enumeration."""
+import itertools
+import os
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import spo
+from extras.fast_generate import fast_generate, next_logits
+from extras.kl_estimators import compare_gradients, estimate_gradients, main, score_function_kl
+from model import BOS, ModelArgs, Transformer, UserError, generate, save
+
+
+def tiny(vocab_size, seed=0, scale=8.0, n_layers=2, n_kv_heads=None):
+    """An untrained model; the larger scale, the less uniform is what it samples from."""
+    torch.manual_seed(seed)
+    model = Transformer(ModelArgs(16, n_layers, 4, n_kv_heads, vocab_size, multiple_of=4, max_seq_len=64))
+    model.tok_embeddings.weight.data.mul_(scale)
+    return model
+
+
+def seeded(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_kv_heads", [None, 2, 1])
+def test_a_step_is_the_full_forward(n_kv_heads):
+    model = tiny(30, n_kv_heads=n_kv_heads).double()
+    tokens = torch.randint(0, 30, (6, 20), generator=seeded())
+    unused = torch.full((2, 2, 6, n_kv_heads or 4, 20, 4), 1e6).double()  # replaced at pos, not read beyond it
+    cache = [tuple(layer) for layer in unused]
+    full = model(tokens)
+    for t in range(20):
+        logits = next_logits(model, tokens[:, t:t + 1], cache, torch.tensor([t]))
+        assert torch.allclose(logits, full[:, t])
+    cache[0][1][:, :, 5] += 1  # a value of an earlier position, which is read
+    assert not torch.allclose(next_logits(model, tokens[:, 19:], cache, torch.tensor([19])), logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, 5), (0, None)])
+def test_the_samples_are_those_of_generate(monkeypatch, temperature, top_k):
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
+    model = tiny(8, n_kv_heads=1)
+    prompt = torch.tensor([[BOS, 2, 3], [4, BOS, 2]] * 10)
+    for max_new_tokens in (0, 1, 40):
+        expected = generate(model, prompt, max_new_tokens, temperature, top_k, seeded())
+        assert torch.equal(fast_generate(model, prompt, max_new_tokens, temperature, top_k, seeded()), expected)
+    assert torch.equal(fast_generate(model, prompt, 40, temperature, top_k, seeded(2)), expected) == (temperature == 0)
+    assert temperature == 0 or 0 < (expected[:, 3:13] == BOS).any(1).sum() < 20  # some end early
+
+
+def test_it_stops_where_all_rows_are_finished_and_where_it_cannot_sample(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
+    model, prompt, steps = tiny(8), torch.full((4, 1), BOS), []
+    model.norm.register_forward_hook(lambda *_: steps.append(1))
+    fast_generate(model, prompt, 40, temperature=0)
+    assert len(steps) == 40
+    model.tok_embeddings.weight.data[BOS] = 100.0  # the most likely token after itself
+    assert (fast_generate(model, prompt, 40, temperature=0) == BOS).all() and len(steps) == 41
+    model.norm.weight.data.fill_(3e38)
+    for sampler in (generate, fast_generate):
+        with pytest.raises(UserError, match="the model has diverged, its logits are not finite"):
+            sampler(model, prompt, 9)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
+    with pytest.raises(UserError, match="/nowhere/Python.h does not exist"):
+        fast_generate(model, prompt, 9)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="needs a C.. compiler .* no-such-compiler does not exist"):
+        fast_generate(model, prompt, 9)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_compiled_it_is_the_same():
+    model, prompt = tiny(8, n_layers=1), torch.full((20, 1), BOS)
+    counters.clear()
+    samples = [sampler(model, prompt, 30, generator=seeded()) for sampler in (fast_generate, generate)]
+    assert torch.equal(*samples) and len(samples[0].unique(dim=0)) > 10
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]  # one piece, compiled once
+
+
+def flat_gradient(kl, model):
+    gradients = torch.autograd.grad(kl, list(model.parameters()), retain_graph=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def test_the_bias_of_both_estimators_is_that_of_enumeration():
+    policy, ref = tiny(3, 1, 15.0).double(), tiny(3, 2, 15.0).double().requires_grad_(False)
+    responses = [y + (BOS,) * (4 - len(y)) for n in range(5) for y in itertools.product((0, 2), repeat=n)]
+    y = torch.tensor([(BOS, *response) for response in responses])  # all that four new tokens can be
+    mask = spo.response_mask(y)
+    logp, ref_logp = spo.seq_logp(policy, y, mask), spo.seq_logp(ref, y, mask)
+    pi = logp.exp().detach()
+    exact = (logp.exp() * (logp - ref_logp)).sum()
+    token = pi @ spo.rollout_kl(policy, ref, y, ref.hidden(y[:, :-1]))
+    score = 0.0
+    for i, j in itertools.product(range(len(y)), repeat=2):  # two samples, each the other's baseline
+        score += pi[i] * pi[j] * score_function_kl(logp[[i, j]], ref_logp[[i, j]]).mean()
+    assert score.item() == pytest.approx(exact.item()) == token.item()
+    exact, token, score = (flat_gradient(kl, policy) for kl in (exact, token, score))
+    assert torch.allclose(score, exact)
+    bias, cosine = (token - exact).norm() / exact.norm(), torch.cosine_similarity(token, exact, 0)
+    alone = score_function_kl(logp[:1], ref_logp[:1]).sum()  # without a baseline
+    assert torch.autograd.grad(alone, logp)[0][0].item() == pytest.approx((logp - ref_logp)[0].item())
+
+    args = spo.get_args(["--num_rollouts", "64", "--max_new_tokens", "4"])
+    measured = compare_gradients(*estimate_gradients(policy, ref, args, 80))
+    assert bias > 0.5 and measured["bias"] == pytest.approx(bias.item(), rel=0.1)
+    assert cosine < 0.95 and measured["cosine"] == pytest.approx(cosine.item(), abs=0.02)
+
+
+def test_gradients_are_compared_without_their_noise():
+    true, side = torch.eye(50)[:2]
+    noise, score_noise = torch.randn(2, 4000, 50, generator=seeded()) * torch.tensor([0.5, 1.0])[:, None, None]
+    expected = dict(bias=2 ** 0.5, noise=0.5 * 50 ** 0.5, score_noise=50 ** 0.5, cosine=2 / 5 ** 0.5)
+    assert compare_gradients(2 * true + side + noise, true + score_noise) == pytest.approx(expected, rel=0.05)
+    few, score_few = true + noise[:400], true + score_noise[:400]  # whose means differ by noise alone
+    assert compare_gradients(few, score_few)["bias"] < 0.25 < 0.35 < (few - score_few).mean(0).norm()
+
+
+def test_the_program_prints_a_row_per_half(tmp_path, capsys):
+    save(tiny(8, 0), tmp_path / "sft.pt")
+    save(tiny(8, 1), tmp_path / "policy.pt")
+    for name, hidden in (("policy.pt", 0), ("sft.pt", 2)):  # the second is the reference: gradient 0
+        main([str(tmp_path / name), "--batches", "16", "--data", str(tmp_path), "--max_new_tokens", "6"])
+        printed = capsys.readouterr().out.splitlines()
+        assert len(printed) == 4 + hidden and max(map(len, printed)) <= 80

@@ -1,0 +1,380 @@
+"""Runs: what they log and keep, and what stops, kills, full disks and wrong settings do to them."""
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import model
+import spo
+from extras.judge import best_evaluation, make_evaluate, read_log
+from extras.tests.conftest import ROOT
+
+SHORT = "--steps 10 --batch_size 8 --warmup 2 --log_every 3 --eval_every 5 --num_eval_samples 8 --max_new_tokens 30".split()
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+ALGOS = [[algo] for algo in spo.ALGOS] + [["spo", "--gamma", "0.1"], ["spo", "--dtype", "bfloat16"]]
+
+
+def get_args(world, out, *flags):
+    defaults = [*SHORT, "--lr", "1e-3", "--data", world, "--tokenizer", f"{ROOT}/tokenizer.model", "--out", str(out)]
+    return spo.get_args([*defaults, *flags])
+
+
+def run(world, out, *flags, **how):
+    """A short run in this process -> the records of its log."""
+    args = get_args(world, out, *flags)
+    evaluate = make_evaluate(args) if args.judge != "none" else None
+    spo.train(args, evaluate, **how)
+    return read_log(out)
+
+
+def without_times(log):
+    return [{name: x for name, x in record.items() if name not in ("ms", "tokens_per_s", "eta")} for record in log]
+
+
+def weights(path):
+    return torch.cat([w.flatten() for w in torch.load(path)["model"].values()])
+
+
+@contextlib.contextmanager
+def dying_after_checkpoint(monkeypatch, step):
+    def save(m, path, **extra):
+        model.save(m, path, **extra)
+        if extra.get("step") == step:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(spo, "save", save)
+        yield
+
+
+@pytest.mark.parametrize("flags", ALGOS, ids=" ".join)
+def test_a_run_starts_at_the_reference_and_resumes_exactly(world, tmp_path, monkeypatch, flags):
+    """10 steps at once, and 5 + 5: neither the rollouts' 8 nor the log's 3 divides 5."""
+    flags = ["--algo", *flags]
+    log = run(world, tmp_path / "a", *flags)
+    assert [r["step"] for r in log] == [0, 1, 3, 5, 6, 9, 10] and log[0]["kl"] == 0 < log[-1]["kl"]
+    assert log[1]["reg"] == 0 or "slic" in flags
+    assert "dpo" not in flags or log[1]["loss"] == torch.tensor(2.0).log().item()
+    with dying_after_checkpoint(monkeypatch, 5):
+        run(world, tmp_path / "b", *flags)
+    again = run(world, tmp_path / "b", *flags, "--resume")
+    assert without_times(again) == without_times(log)
+    assert torch.equal(weights(tmp_path / "b/ckpt.pt"), weights(tmp_path / "a/ckpt.pt"))
+
+
+def test_bfloat16_is_near_float32(world, tmp_path):
+    full, half = (run(world, tmp_path / dtype, "--dtype", dtype, "--log_every", "1", "--lr", "3e-3")
+                  for dtype in ("float32", "bfloat16"))
+    for name, tolerance in dict(margin=1.5, chosen=3, reg=0.3).items():
+        a, b = ([r[name] for r in log if "loss" in r] for log in (full, half))
+        assert a != b and a == pytest.approx(b, abs=tolerance, rel=0.1), name
+
+
+KILLS = """
+import os, random, signal, sys, time
+import spo, torch._dynamo  # which torch imports when an optimizer is made: in time for the forks
+out, argv = sys.argv[1], sys.argv[2:]
+def child(name):
+    pid = os.fork()
+    if pid == 0:
+        sys.stdout = open(os.devnull, "w")
+        try:
+            spo.train(spo.get_args(argv + ["--out", name] + ["--resume"] * os.path.exists(f"{name}/ckpt.pt")))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+began, moments = time.monotonic(), random.Random(0)
+assert os.waitpid(child(f"{out}/undisturbed"), 0)[1] == 0
+whole = time.monotonic() - began
+for _ in range(20):
+    pid = child(f"{out}/killed")
+    time.sleep(whole * moments.uniform(0, 1 / 6))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    print(torch.load(f"{out}/killed/ckpt.pt")["step"] if os.path.exists(f"{out}/killed/ckpt.pt") else None)
+assert os.waitpid(child(f"{out}/killed"), 0)[1] == 0
+"""
+
+
+def test_killed_at_20_moments_and_resumed_it_is_the_same_run(world, tmp_path):
+    argv = [*SHORT, "--data", world, "--steps", "40", "--eval_every", "2", "--rollout_every", "3", "--judge", "none"]
+    done = subprocess.run([sys.executable, "-c", KILLS, tmp_path, *argv], cwd=ROOT, text=True, capture_output=True,
+                          env=ONE_THREAD | {"PYTHONPATH": ROOT})
+    assert done.returncode == 0, done.stderr
+    steps = done.stdout.split()
+    assert len(steps) == 20 and len(set(steps)) > 5, steps  # kills before, between and after checkpoints
+    logs = [without_times(read_log(tmp_path / name)) for name in ("undisturbed", "killed")]
+    assert logs[0] == logs[1] and not list(tmp_path.glob("*/*.part"))
+    a, b = (torch.load(tmp_path / name / "ckpt.pt") for name in ("undisturbed", "killed"))
+    assert all(torch.equal(w, b["model"][name]) for name, w in a["model"].items())
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(x, b["optimizer"]["state"][i][name]) for name, x in state.items())
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_five_in_a_row_stop(world, tmp_path, monkeypatch, capsys):
+    real, bad, step = spo.preference_loss, {1, 4, 5, 7, 8}, 0
+
+    def preference_loss(args, logp, ref_logp, mu):
+        nonlocal step
+        step += 1
+        return real(args, logp, ref_logp, mu) * (math.nan if step - 1 in bad else 1)
+
+    monkeypatch.setattr(spo, "preference_loss", preference_loss)
+    log = run(world, tmp_path / "a", "--log_every", "1")
+    assert [r["skipped"] for r in log if "loss" in r] == [0, 1, 1, 1, 2, 3, 3, 4, 5, 5]
+    assert "step 4 is skipped" in capsys.readouterr().out and weights(tmp_path / "a/ckpt.pt").isfinite().all()
+    bad, step = set(range(6, 11)), 0
+    with pytest.raises(model.UserError, match="steps 6 to 10 were not finite: start again with a lower --lr"):
+        run(world, tmp_path / "b", "--steps", "20")
+    assert torch.load(tmp_path / "b/ckpt.pt")["step"] == 10 and weights(tmp_path / "b/ckpt.pt").isfinite().all()
+
+
+def test_the_best_model_is_kept_before_its_win_rate_is_logged(world, tmp_path, monkeypatch):
+    wins = iter([0.4, 0.6, 0.6, 0.5])  # of two equal ones the first is the best
+
+    def evaluate(policy, ref, step):
+        return dict(win_rate=next(wins))
+
+    flags = ["--judge", "none", "--eval_every", "2", "--steps", "6"]
+    spo.train(get_args(world, tmp_path / "a", *flags), evaluate)
+    assert best_evaluation(tmp_path / "a")["step"] == 2
+    spo.train(get_args(world, tmp_path / "b", *flags, "--steps", "2"))
+    assert torch.equal(weights(tmp_path / "a/best.pt"), weights(tmp_path / "b/ckpt.pt"))
+    # resumed, a lower win rate does not replace it, whatever the log says
+    os.remove(tmp_path / "a/log.jsonl")
+    (tmp_path / "a/log.jsonl").touch()
+    wins = iter([0.5, 0.55])
+    spo.train(get_args(world, tmp_path / "a", *flags, "--steps", "8", "--resume"), evaluate)
+    assert torch.equal(weights(tmp_path / "a/best.pt"), weights(tmp_path / "b/ckpt.pt"))
+
+    def log(args, **record):
+        raise KeyboardInterrupt
+
+    wins = iter([0.4])
+    monkeypatch.setattr(spo, "log", log)
+    with pytest.raises(KeyboardInterrupt):
+        spo.train(get_args(world, tmp_path / "c", *flags), evaluate)
+    assert os.path.exists(tmp_path / "c/best.pt")
+
+
+@pytest.mark.parametrize("every", [1, 3, 8])
+def test_rollouts_come_from_the_policy_every_k_steps_and_the_reference_reads_each_once(world, tmp_path, every):
+    sampled, read = [], []
+
+    def sampler(policy, prompt, max_new_tokens, generator):
+        y = model.generate(policy, prompt, max_new_tokens, generator=generator)
+        sampled.append((weights_of(policy), y))
+        return y
+
+    def weights_of(m):
+        return torch.cat([p.detach().flatten() for p in m.parameters()])
+
+    real = spo.with_reference
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(spo, "with_reference", lambda ref, y, size: read.append(weights_of(ref)) or real(ref, y, size))
+        run(world, tmp_path / "a", "--rollout_every", str(every), "--judge", "none", generate=sampler)
+    assert len(sampled) == len(read) == len(range(0, 10, every))
+    assert all(torch.equal(w, read[0]) for w in read) and torch.equal(sampled[0][0], read[0])
+    for (before, y), (after, z) in zip(sampled, sampled[1:]):
+        assert not torch.equal(before, after) and not torch.equal(y, z)
+
+
+def test_learning_rate_batches_and_seeds(world):
+    assert not torch.equal(spo.batch_indices(48, 8, 0, spo.BATCH, 0), spo.batch_indices(48, 8, 1, spo.BATCH, 0))
+    assert not torch.equal(torch.rand(9, generator=spo.rng(0, 1, 2)), torch.rand(9, generator=spo.rng(1, 1, 2)))
+    args = spo.get_args("--warmup 10 --lr 1".split())
+    assert [spo.get_lr(step, args) for step in (0, 4, 9, 10, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1])
+    epochs = [torch.cat([spo.batch_indices(43, 8, 0, spo.BATCH, 5 * epoch + i) for i in range(5)]) for epoch in (0, 1)]
+    assert all(len(epoch.unique()) == 40 for epoch in epochs) and not torch.equal(*epochs)
+    sizes = [len(y) for _, y in spo.micro_batches(np.ones((9, 4, 6), np.uint16), torch.arange(9), 8, "cpu")]
+    assert sizes == [8, 8, 8, 8, 4]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The command line
+
+def test_defaults_are_e2s_and_one_flag_belongs_to_one_algorithm(capsys):
+    args = spo.get_args(["--model", "stories110M"])
+    assert (args.batch_size, args.steps, args.warmup, args.num_rollouts, args.rollout_every) == (128, 40000, 5000, 32, 8)
+    assert args.tokenizer == "data/stories110M/tokenizer.model" and args.init == "data/stories110M/sft.pt"
+    assert spo.get_args(["--model", "toy-naive"]).judge == "toy-naive"
+    outs = [spo.get_args(flags.split()).out for flags in ("", "--seed 1", "--algo dpo", "--beta 0.1", "--model toy-naive")]
+    assert len(set(outs)) == 5 and outs[0] == "out/toy-spo-alpha0.01-beta0.05-gamma0-seed0"
+    for algo, own in spo.ALGOS.items():
+        with contextlib.suppress(SystemExit):
+            spo.get_args(["--algo", algo, "--help"])
+        shown = capsys.readouterr().out
+        for name in spo.HELP:
+            assert (f"--{name} " in shown) == (name in own) == hasattr(spo.get_args(["--algo", algo]), name)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--algo ppo", "invalid choice"), ("--delta 1", "unrecognized arguments: --delta 1"), ("--alph 1", "unrecognized"),
+    ("--algo dpo --alpha 0.1", "unrecognized arguments: --alpha 0.1"), ("--alpha -1", "alpha is -1"),
+    ("--alpha nan", "alpha is nan"), ("--alpha inf", "alpha is inf"), ("--beta -0.1", "beta is -0.1"),
+    ("--algo ipo --beta 0", "beta is 0"), ("--num_rollouts 0", "num_rollouts is 0"), ("--steps ten", "invalid int"),
+    ("--rollout_every 0", "rollout_every is 0"), ("--batch_size 100", "48 rows of 2 responses"), ("--device nowhere", "nowhere"),
+    ("--max_new_tokens 129", "the model reads 128"), ("--init nowhere.pt", "nowhere.pt does not exist"),
+    ("--data {tmp}/four", "rows of 4 responses"), ("--data {tmp}/long", "lengths that this model does not have"),
+    ("--data nowhere", "nowhere/"), ("--tokenizer nowhere.model", "nowhere.model is missing"),
+    ("--out {tmp}/file/run", "cannot be created"), ("--resume", "nothing to resume"), ("--judge gpt", "invalid choice"),
+])
+def test_a_wrong_flag_is_one_sentence_and_status_2(world, tmp_path, flags, words, capsys):
+    (tmp_path / "file").write_text("text")
+    for name, shape in dict(four=(9, 4, 20), long=(9, 2, 130)).items():
+        shutil.copytree(world, tmp_path / name)
+        np.save(tmp_path / name / "pairs.npy", np.ones(shape, np.uint16))
+    before = sorted(os.listdir(tmp_path))
+    try:
+        with pytest.raises((model.UserError, SystemExit)) as error:
+            run(world, tmp_path / "run", *flags.format(tmp=tmp_path).split())
+        said = capsys.readouterr().err if error.type is SystemExit else str(error.value)
+        assert words in said and len(said) < 350
+        assert error.type is not SystemExit or error.value.code == 2
+        assert sorted(set(os.listdir(tmp_path)) - {"run"}) == before
+    finally:
+        shutil.rmtree(tmp_path / "four")
+
+
+def test_what_may_differ_when_resuming_and_nothing_else(world, tmp_path):
+    data = shutil.copytree(world, tmp_path / "data")
+    run(str(data), tmp_path / "a", "--steps", "2")
+    saved = torch.load(tmp_path / "a/ckpt.pt")["args"]
+    assert set(saved["hashes"]) == {"init", "pairs.npy", "ref.npy", "tokenizer"}
+
+    def resume(args):
+        policy = model.load(f"{world}/sft.pt")
+        spo.load_run(args, policy, torch.optim.AdamW(policy.parameters()))
+
+    for name, x in saved.items():
+        args = get_args(str(data), tmp_path / "a", "--resume")
+        args.hashes = dict(saved["hashes"])
+        setattr(args, name, x + 1 if isinstance(x, (int, float)) else "other")
+        if name not in ("hashes", "out", "device"):
+            if name in spo.MAY_DIFFER:
+                resume(args)
+            else:
+                with pytest.raises(model.UserError, match=f"was started with {name}"):
+                    resume(args)
+    for name in ("pairs.npy", "ref.npy"):
+        np.save(data / name, np.load(f"{world}/{name}")[::-1])
+        with pytest.raises(model.UserError, match=f"was started with {name}"):
+            run(str(data), tmp_path / "a", "--resume")
+        shutil.copy(f"{world}/{name}", data)
+    with pytest.raises(model.UserError, match="is at step 2 already"):
+        run(str(data), tmp_path / "a", "--resume", "--steps", "1")
+    whole = torch.load(tmp_path / "a/ckpt.pt")
+    for damage in (dict(args=None), dict(step="2"), dict(history=[1]), dict(rollouts=torch.full((8, 9), 640)),
+                   dict(optimizer={}), dict(model={})):
+        torch.save(whole | damage, tmp_path / "a/ckpt.pt")
+        with pytest.raises(model.UserError, match="is not what a run from"):
+            run(str(data), tmp_path / "a", "--resume", "--steps", "2")
+    torch.save(whole, tmp_path / "a/ckpt.pt")
+    for log in ("{]\n", "[" * 100_000 + "\n", "7\n", "{}\n"):
+        (tmp_path / "a/log.jsonl").write_text(log)
+        with pytest.raises(model.UserError, match="log.jsonl"):
+            run(str(data), tmp_path / "a", "--resume")
+    shutil.copy(f"{world}/sft.pt", tmp_path / "a/ckpt.pt")
+    with pytest.raises(model.UserError, match="not what a run from"):
+        run(str(data), tmp_path / "a", "--resume")
+
+
+def test_a_used_folder_is_refused_and_half_written_files_are_removed(world, tmp_path):
+    out = tmp_path / "a[1]"
+    run(world, out, "--steps", "2")
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    with pytest.raises(model.UserError, match="holds an earlier run .*: continue it with --resume"):
+        run(world, out, "--steps", "2")
+    assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
+    assert json.loads(before["settings.json"])["lr"] == 1e-3
+    (out / "best.pt.part").write_bytes(b"half")
+    with open(out / "log.jsonl", "a") as f:
+        f.write('{"step": 3, "lo')  # as a kill leaves them
+    assert run(world, out, "--resume")[-1]["step"] == 10 and not list(out.glob("*.part"))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(world, tmp_path):
+    import resource
+    run(world, tmp_path / "a", "--steps", "5")
+    before, limits = (tmp_path / "a/ckpt.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(model.UserError, match="a/ckpt.pt cannot be written .*earlier version of it is unchanged"):
+            run(world, tmp_path / "a", "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "a/ckpt.pt").read_bytes() == before and not list(tmp_path.glob("a/*.part"))
+
+
+def test_a_folder_that_goes_away_is_an_error_that_names_it(world, tmp_path):
+    def evaluate(policy, ref, step):
+        shutil.rmtree(tmp_path / "a")
+        return {}
+
+    with pytest.raises(OSError, match=f"{tmp_path}/a/log.jsonl"):
+        spo.train(get_args(world, tmp_path / "a"), evaluate)
+
+
+def start_program(world, out, *flags):
+    argv = [*SHORT, "--data", world, "--out", str(out), "--lr", "1e-3", *flags]
+    return subprocess.Popen([sys.executable, "-u", "spo.py", *argv], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=ONE_THREAD)
+
+
+@pytest.mark.parametrize("number, others", [(signal.SIGINT, []), (signal.SIGTERM, ["--num_eval_samples", "512"])])
+def test_the_first_signal_finishes_the_step_and_saves(world, tmp_path, number, others):
+    program = start_program(world, tmp_path / "a", "--steps", "100000", "--eval_every", "100000", *others)
+    wait_for = "  step" if others else "     3"  # in the first evaluation, or between steps
+    next(line for line in program.stdout if line.startswith(wait_for))
+    program.send_signal(number)
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 130 and "RESUME=1" in out and "finishing this step" in out and not err
+    step = torch.load(tmp_path / "a/ckpt.pt")["step"]
+    assert step >= 1
+    log = run(world, tmp_path / "a", "--steps", str(step + 1), "--eval_every", "100000", "--resume", *others)
+    assert log[-1]["step"] == step + 1
+
+
+def test_the_second_signal_ends_at_once(world, tmp_path):
+    program = start_program(world, tmp_path / "a", "--num_eval_samples", "100000")
+    next(line for line in program.stdout if line.startswith("  step"))  # an evaluation of minutes begins
+    program.send_signal(signal.SIGINT)
+    next(line for line in program.stdout if line.startswith("finishing"))
+    assert program.poll() is None
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(timeout=20) == -signal.SIGTERM
+
+
+def test_a_stop_before_the_first_step_finishes_one(world, tmp_path):
+    stop = threading.Event()
+    stop.set()
+    assert run(world, tmp_path / "a", stop=stop)[-1]["step"] == 1 == torch.load(tmp_path / "a/ckpt.pt")["step"]
+
+
+def test_spo_and_model_alone_train_resume_and_refuse_a_used_folder(world, tmp_path):
+    for name in ("spo.py", "model.py"):
+        shutil.copy(f"{ROOT}/{name}", tmp_path)
+    argv = [sys.executable, "spo.py", *SHORT, "--data", world, "--out", "run", "--judge", "none"]
+
+    def program(*flags):
+        return subprocess.run([*argv, *flags], cwd=tmp_path, text=True, capture_output=True, env=ONE_THREAD)
+
+    first, again, resumed = program(), program(), program("--resume", "--steps", "12")
+    assert first.returncode == 0 and re.match("algo=spo model=toy .*\n", first.stdout), first.stderr
+    assert again.returncode == 2 and "error: run holds an earlier run (ckpt.pt, log.jsonl)" in again.stderr and not again.stdout.count("\n   ")
+    assert resumed.returncode == 0 and read_log(tmp_path / "run")[-1]["step"] == 12, resumed.stderr
+    assert all(len(line) <= 80 for line in first.stdout.splitlines())
+    # the losses need nothing but torch, on any system
+    missing = "dict.fromkeys(('numpy', 'sentencepiece', 'fcntl', 'resource'))"
+    program = f"import sys; sys.modules |= {missing}; from spo import spo_loss, token_kl"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, check=True)
