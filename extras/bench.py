@@ -46,24 +46,27 @@ class Table:
     def __init__(self, args, model):
         n = 8192 if args.device == "cuda" else 2048
         x, y = torch.randn(2, n, n, device=args.device).to(getattr(torch, args.dtype))
-        self.args, self.model, self.limit = args, model, 2 * n ** 3 / min(measure(lambda: x @ y, args))  # FLOP/s
+        self.args, self.dims = args, model.args
+        self.limit = 2 * n ** 3 / min(measure(lambda: x @ y, args))                 # FLOP/s
         self.num_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.results = {**vars(args), "torch": torch.__version__, "gflops": self.limit / 1e9}
         print(f"{args.device}, {args.threads} threads, {args.dtype}, {self.limit / 1e9:.0f} GFLOP/s; {args.model}, "
-              f"{self.num_params:,} parameters\n{'':36}{'seconds':>21} {'tokens/s':>9}{'limit':>6}{'MiB':>7}")
+              f"{self.num_params:,} parameters")
+        print(f"{'':36}{'seconds':>21} {'tokens/s':>9}{'limit':>6}{'MiB':>7}")
 
     def row(self, name, fn, tokens, context, passes):
         """Measures fn -> its median. FLOP per token: passes (1 forward, 2 backward) of 2 N + 4 L dim context."""
-        times, model = measure(fn, self.args), self.model.args
+        times = measure(fn, self.args)
         seconds = float(np.median(times))
-        flop = passes * (2 * self.num_params + 4 * model.n_layers * model.dim * context) * tokens
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # the most so far
+        flop = passes * (2 * self.num_params + 4 * self.dims.n_layers * self.dims.dim * context) * tokens
+        limit = flop / seconds / self.limit
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10           # MiB, the most so far
         if self.args.device == "cuda":
-            memory = torch.cuda.max_memory_allocated()
-        self.results[name] = dict(seconds=seconds, tokens_per_s=tokens / seconds, memory_mib=memory >> 20,
-                                  share_of_limit=flop / seconds / self.limit)
-        print(f"{name:36}{seconds:7.3f} ({min(times):.3f}-{max(times):.3f})".ljust(57), "{tokens_per_s:9,.0f}"
-              "{share_of_limit:6.0%}{memory_mib:7}".format(**self.results[name]), flush=True)
+            memory = torch.cuda.max_memory_allocated() >> 20
+        self.results[name] = dict(seconds=seconds, tokens_per_s=tokens / seconds, memory_mib=memory,
+                                  share_of_limit=limit)
+        spread = f"({min(times):.3f}-{max(times):.3f})"
+        print(f"{name:36}{seconds:7.3f} {spread:13} {tokens / seconds:9,.0f}{limit:6.0%}{memory:7}", flush=True)
         return seconds
 
 
@@ -74,24 +77,16 @@ def bench_training(args, table, policy, ref, sampler):
     data[..., 0] = BOS
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, fused=True)
 
-    def data_logp(tokens):                                                              # (pairs, n, T) -> (b, n)
-        for rows, y in spo.micro_batches(tokens, torch.arange(pairs), args.micro_batch_size, args.device):
-            yield spo.seq_logp(policy, y, spo.response_mask(y)).view(len(rows), -1)
-
     def update():
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    def preference_step(loss=spo.spo_loss, alpha_or_delta=0.01):
-        for logp in data_logp(data):
-            (loss(logp[:, 0], logp[:, 1], alpha_or_delta).sum() / pairs).backward()
+    def preference_step():
+        for rows, y in spo.micro_batches(data, torch.arange(pairs), args.micro_batch_size, args.device):
+            logp_w, logp_l = spo.seq_logp(policy, y, spo.response_mask(y)).view(len(rows), 2).T
+            (spo.spo_loss(logp_w, logp_l, 0.01).sum() / pairs).backward()
         update()
-
-    def slic_step():
-        for logp in data_logp(data[:, :1]):  # in the place of samples of the reference
-            (-0.1 * logp.sum() / pairs).backward()
-        preference_step(spo.slic_loss, 10.0)
 
     def rollout():
         y = spo.sample(policy, num_rollouts, length - 1, spo.rng(0), sampler)
@@ -103,20 +98,24 @@ def bench_training(args, table, policy, ref, sampler):
 
     def straightforward_step():
         """A forward pass each for y_w and y_l, the reference's in every step, and logits of all positions."""
-        logp = [-cross_entropy(model(y[:, :-1]).float().mT, y[:, 1:], reduction="none").sum(1)
-                for model in (policy, ref) for y in torch.from_numpy(data.astype("int64")).to(args.device).unbind(1)]
+        logp = []
+        for model in (policy, ref):
+            for y in torch.from_numpy(data.astype("int64")).to(args.device).unbind(1):
+                logits = model(y[:, :-1]).float()
+                logp.append(-cross_entropy(logits.mT, y[:, 1:], reduction="none").sum(1))
         spo.dpo_loss(*logp, 0.1).mean().backward()
         update()
 
-    rollouts, tokens, every = [], 2 * pairs * (length - 1), spo.ALGOS["spo"]["rollout_every"]
+    rollouts, tokens, rollout_tokens = [], 2 * pairs * (length - 1), num_rollouts * (length - 1)
     dpo = table.row("preference step", preference_step, tokens, length, 3)
-    table.row("SLiC-HF step", slic_step, tokens * 3 // 2, length, 3)
-    fresh = table.row("rollouts, read by the reference", rollout, num_rollouts * (length - 1), length, 2)
-    kl = table.row("KL of the rollouts", kl_gradient, num_rollouts * (length - 1), length, 3)
+    fresh = table.row("rollouts, read by the reference", rollout, rollout_tokens, length, 2)
+    kl = table.row("KL of the rollouts", kl_gradient, rollout_tokens, length, 3)
     plain = table.row("straightforward DPO step", straightforward_step, tokens, length, 3)
-    table.results |= dict(spo_over_dpo=(dpo + kl + fresh / every) / dpo, straightforward_over_dpo=plain / dpo)
-    print(f"an SPO step is {(dpo + kl + fresh / every) / dpo:.2f} DPO steps: KL {kl / dpo:.2f}, rollouts "
-          f"{fresh / every / dpo:.2f};\nthe straightforward DPO step is {plain / dpo:.2f}")
+    fresh /= spo.ALGOS["spo"]["rollout_every"]
+    spo_over_dpo = (dpo + kl + fresh) / dpo
+    table.results |= dict(spo_over_dpo=spo_over_dpo, straightforward_over_dpo=plain / dpo)
+    print(f"an SPO step is {spo_over_dpo:.2f} DPO steps: KL {kl / dpo:.2f}, rollouts {fresh / dpo:.2f};\n"
+          f"the straightforward DPO step is {plain / dpo:.2f}")
 
 
 @torch.no_grad()
@@ -125,7 +124,7 @@ def bench_sampling(args, table, policy, sampler):
     half = args.length // 2
     for n in args.batches:
         prompt = torch.full((n, 1), BOS, device=args.device)
-        for new in sorted({max(1, half // 2), half, args.length - 1}):
+        for new in (half // 2, half, args.length - 1):
             torch.compiler.reset()  # torch.compile keeps eight shapes
             table.row(f"sampling, batch {n}, {new} tokens", lambda: sampler(policy, prompt, new), n * new, new // 2, 1)
     y = torch.randint(2, policy.args.vocab_size, (32, half), device=args.device)
@@ -135,28 +134,22 @@ def bench_sampling(args, table, policy, sampler):
 def main(argv=None):
     p = argparse.ArgumentParser(description="The speed of each part of training.", allow_abbrev=False)
     p.add_argument("--model", choices=SHAPES, default="toy", help="whose shape")
-    p.add_argument("--pairs", type=int, help="per step")
-    p.add_argument("--length", type=int, help="of a response, in tokens")
-    p.add_argument("--micro_batch_size", type=int, help="responses per forward pass")
     p.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 256], help="batch sizes of sampling")
     p.add_argument("--reps", type=int, default=3, help="how often each part is measured")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
     p.add_argument("--fast", action="store_true", help="sample with extras/fast_generate.py")
-    shape, pairs, length, micro_batch_size = SHAPES[p.parse_known_args(argv)[0].model]
-    p.set_defaults(pairs=pairs, length=length, micro_batch_size=micro_batch_size)
     args = p.parse_args(argv)
-    counts = [args.pairs, args.length - 1, args.micro_batch_size, args.reps, args.threads, *args.batches]
-    if min(counts) < 1 or args.length > shape["max_seq_len"]:
-        p.error(f"numbers must be at least 1, and --length from 2 to {shape['max_seq_len']}")
+    shape, args.pairs, args.length, args.micro_batch_size = SHAPES[args.model]
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    policy, ref = (Transformer(ModelArgs(**shape)).to(args.device) for _ in range(2))
-    ref.requires_grad_(False)
+    policy = Transformer(ModelArgs(**shape)).to(args.device)
+    ref = Transformer(ModelArgs(**shape)).to(args.device).requires_grad_(False)
     never_bos = -1e4 * (torch.arange(policy.args.vocab_size, device=args.device) == BOS)  # no sample ends early
     policy.output.bias = torch.nn.Parameter(never_bos, requires_grad=False)
-    table, sampler = Table(args, policy), fast_generate if args.fast else generate
+    table = Table(args, policy)
+    sampler = fast_generate if args.fast else generate
     bench_training(args, table, policy, ref, sampler)
     bench_sampling(args, table, policy, sampler)
     print(json.dumps(table.results))

@@ -1,8 +1,6 @@
 """
 Sampling in fixed shapes: every token is the same kernels on the same memory, fused by torch.compile and on GPUs
-recorded once as a CUDA graph. The samples are those of model.generate up to rounding.
-
-    from extras.fast_generate import fast_generate          # --fast_sampling gives it to spo.train
+recorded once as a CUDA graph. The samples are those of model.generate up to rounding. --fast_sampling selects it.
 
 Each batch size and length is compiled once per process, 10 to 25 s on a CPU; finished rows stay in the batch. It is
 worth it on GPUs and in long runs. torch.compile keeps eight shapes; more run as they are, not compiled.
@@ -43,88 +41,60 @@ def attend(attention, x, freqs_cis, keys, values, pos):
     return attention.wo((weights @ values).view(B, 1, -1))
 
 
-def next_logits(model, input_tokens, cache, pos):
-    """Logits of the token after input_tokens (B, 1), which are at position pos, a tensor (1,) -> (B, V)."""
+def sample_step(model, cache, tokens, uniforms, finished, finite, pos):
+    """
+    Reads tokens (B, length) at pos, writes them at pos + 1, and advances pos; all in place. finished (B,): the rows
+    that have ended. finite: whether all logits so far were; model.sample_token asks at once, so it would wait here.
+    """
     freqs_cis = model.freqs_cis.index_select(0, pos)
-    x = model.tok_embeddings(input_tokens)
+    x = model.tok_embeddings(tokens.index_select(1, pos))                           # (B, 1, dim)
     for layer, (keys, values) in zip(model.layers, cache):
         x = x + attend(layer.attention, layer.attention_norm(x), freqs_cis, keys, values, pos)
         x = x + layer.feed_forward(layer.ffn_norm(x))
-    return model.output(model.norm(x))[:, 0]
-
-
-def choose_token(logits, uniforms, temperature, top_k):
-    """model.sample_token without its check, which waits for the device: logits (B, V), uniforms (B, 1) -> (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    cumulative = logits.softmax(-1).cumsum(-1)
-    total = cumulative[:, -1:]
-    return torch.searchsorted(cumulative, uniforms * total, right=True)[:, 0]
-
-
-def sample_step(model, cache, tokens, uniforms, prompt_len, finished, finite, pos, temperature, top_k):
-    """
-    Reads tokens (B, length) at pos, writes them at pos + 1, and advances pos; all in place. finished (B,): the rows
-    that have ended; finite: whether all logits so far were. The prompt is read a token at a time, too.
-    """
-    logits = upcast(next_logits(model, tokens.index_select(1, pos), cache, pos))
+    logits = upcast(model.output(model.norm(x))[:, 0])                              # (B, V)
     finite &= logits.amax(-1).isfinite().all()
-    pos += 1
-    next_token = choose_token(logits, uniforms.index_select(1, pos), temperature, top_k)
+    cumulative = logits.softmax(-1).cumsum(-1)                                      # (B, V)
+    uniform = uniforms.index_select(1, pos) * cumulative[:, -1:]
+    next_token = torch.searchsorted(cumulative, uniform, right=True)[:, 0]
     next_token = torch.where(finished | ~finite, BOS, next_token)
-    in_prompt = pos < prompt_len
-    given = tokens.index_select(1, pos)[:, 0]
-    next_token = torch.where(in_prompt, given, next_token)
+    pos += 1
     tokens.index_copy_(1, pos, next_token[:, None])
-    finished |= (next_token == BOS) & ~in_prompt
+    finished |= next_token == BOS
 
 
 def check_compiler():
     """On a CPU torch.compile builds C++ with Python's headers."""
     compiler = os.environ.get("CXX", "g++")
     header = f"{sysconfig.get_path('include')}/Python.h"
-    missing = None
-    if not os.path.exists(header):
-        missing = header
-    if not shutil.which(compiler):
-        missing = compiler
-    if missing:
-        raise UserError(f"--fast_sampling needs a C++ compiler and Python's headers, but {missing} does not exist: "
-                        "install it (CXX names another compiler), or leave the flag out.")
+    for name, found in ((compiler, shutil.which(compiler)), (header, os.path.exists(header))):
+        if not found:
+            raise UserError(f"--fast_sampling needs a C++ compiler and Python's headers, but {name} does not exist: "
+                            "install it (CXX names another compiler), or leave the flag out.")
 
 
 @torch.no_grad()
-def fast_generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, generator=None):
-    """Continues prompt (B, P) to tokens (B, P + max_new_tokens): see model.generate. model: a Transformer."""
-    B, P = prompt.shape
-    device = prompt.device
-    length = P + max_new_tokens
-    assert length - 1 <= model.args.max_seq_len, f"{length - 1} tokens, but max_seq_len is {model.args.max_seq_len}"
+def fast_generate(model, prompt, max_new_tokens, generator=None):
+    """Continues prompt (B, 1) to tokens (B, 1 + max_new_tokens) as model.generate does. generator: on the CPU."""
+    B, device = len(prompt), prompt.device
+    assert prompt.shape == (B, 1), "prompt must be one token per row, BOS"
+    assert max_new_tokens <= model.args.max_seq_len, f"{max_new_tokens} tokens exceed {model.args.max_seq_len}"
     if device.type == "cpu":
         check_compiler()
-    draw_device = device if generator is None else generator.device
-    uniforms = torch.rand(B, max_new_tokens, generator=generator, device=draw_device).to(device)
-    uniforms = F.pad(uniforms, (P, 0))                                              # (B, length)
-    tokens = F.pad(prompt, (0, max_new_tokens), value=BOS)                          # (B, length)
+    uniforms = torch.rand(B, max_new_tokens, generator=generator).to(device)
+    tokens = F.pad(prompt, (0, max_new_tokens), value=BOS)                          # (B, 1 + max_new_tokens)
     pos = torch.zeros(1, dtype=torch.long, device=device)
-    prompt_len = torch.tensor([P], device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     finite = torch.ones(1, dtype=torch.bool, device=device)
     attention = model.layers[0].attention
-    k = attention.wk(model.tok_embeddings(prompt[:, :1]))   # for its dtype, which under autocast is another
-    shape = (B, k.shape[-1] // attention.head_dim, length - 1, attention.head_dim)
+    k = attention.wk(model.tok_embeddings(prompt))  # for its dtype, which under autocast is another
+    shape = (B, k.shape[-1] // attention.head_dim, max_new_tokens, attention.head_dim)
     cache = [(k.new_zeros(shape), k.new_zeros(shape)) for layer in model.layers]
     compiled_step = torch.compile(sample_step, dynamic=False)
 
     def step():
-        compiled_step(model, cache, tokens, uniforms, prompt_len, finished, finite, pos, temperature, top_k)
+        compiled_step(model, cache, tokens, uniforms, finished, finite, pos)
 
-    num_steps = length - 1 if max_new_tokens > 0 else 0
-    for t in range(num_steps):
+    for t in range(max_new_tokens):
         if t == 3 and tokens.is_cuda:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

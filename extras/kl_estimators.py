@@ -1,6 +1,6 @@
 """
-Two estimators of the KL's gradient: Appendix D's token-wise KL, which training uses, and the score function, which the
-paper sets aside. The first is biased, the second unbiased and noisier. How much, at a checkpoint:
+Two estimators of the KL's gradient: Appendix D's token-wise KL, which training uses, is biased; the score function,
+which the paper sets aside, is unbiased and noisier. How much, at a checkpoint:
 
     python -m extras.kl_estimators out/.../best.pt --batches 400    # other flags are spo.py's
 """
@@ -19,38 +19,35 @@ ESTIMATE = 300  # purpose of spo.rng
 
 def score_function_kl(logp, ref_logp):
     """
-    log pi_theta(y) - log pi_ref(y) of R samples, from their logp and ref_logp (R,) -> (R,). The gradient is that of
-    the score-function estimate, unbiased on fresh samples: (ratio - baseline) grad log pi_theta(y), where the baseline
-    of a sample is the mean ratio of the others. A single sample has none.
+    The log-ratio of R samples, from their logp and ref_logp (R,) -> (R,). Its gradient is the score function's:
+    (ratio - baseline) grad log pi_theta(y), with the mean ratio of the other samples as the baseline (of one alone, 0).
     """
     ratio = (logp - ref_logp).detach()
     baseline = (ratio.sum() - ratio) / max(1, len(logp) - 1)
     return ratio + (ratio - baseline) * (logp - logp.detach())
 
 
+def flat_gradient(loss, model):
+    gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    return torch.cat([g.flatten() for g in gradients])
+
+
 def mean_product(a, b):
-    """
-    An unbiased estimate of E[a] . E[b] for a, b (batches, parameters): over pairs of different batches, whose noise is
-    independent. The product of the two means would add the noise's.
-    """
-    return ((a.sum(0) @ b.sum(0) - (a * b).sum()) / (len(a) * (len(a) - 1))).item()
+    """E[a] . E[b], unbiased, for a, b (batches, parameters): over pairs of different batches."""
+    return (a.sum(0) @ b.sum(0) - (a * b).sum()) / (len(a) * (len(a) - 1))
 
 
 def compare_gradients(token, score):
     """
-    Gradients estimated by the token-wise KL and by the score function, (batches, parameters) each -> dict. bias, of
-    the first, and noise and score_noise, standard deviations, are relative to the norm of the true gradient, which is
-    the mean of the second; cosine is that of the two means. The batches' noise is taken out of bias and cosine, which
-    may so exceed 1. All are nan where the noise hides the true gradient.
+    Estimates by the token-wise KL and by the score function, (batches, parameters) each -> dict: bias and noise of
+    the first and noise of the second, relative to the norm of the second's mean, and the cosine of the two means.
+    These are estimates themselves: a cosine may exceed 1, and is nan where the noise hides the gradient.
     """
-    size = mean_product(score, score)                       # the true gradient's squared norm
-    token_size = mean_product(token, token)
-    if min(size, token_size) <= 0:
-        return dict.fromkeys(("bias", "noise", "score_noise", "cosine"), math.nan)
-    bias = max(0.0, mean_product(token - score, token - score))
-    return dict(bias=math.sqrt(bias / size), noise=math.sqrt(token.var(0).sum().item() / size),
-                score_noise=math.sqrt(score.var(0).sum().item() / size),
-                cosine=mean_product(token, score) / math.sqrt(size * token_size))
+    norm = mean_product(score, score).sqrt()
+    cosine = mean_product(token, score) / (norm * mean_product(token, token).sqrt())
+    bias = mean_product(token - score, token - score).clamp(min=0).sqrt() / norm
+    noise, score_noise = token.std(0).norm() / norm, score.std(0).norm() / norm
+    return dict(bias=bias.item(), noise=noise.item(), score_noise=score_noise.item(), cosine=cosine.item())
 
 
 def estimate_gradients(policy, ref, args, batches):
@@ -64,15 +61,13 @@ def estimate_gradients(policy, ref, args, batches):
                 ref_logp, ref_hidden = spo.seq_logp(ref, y, mask), ref.hidden(y[:, :-1])
             token_kl = spo.rollout_kl(policy, ref, y, ref_hidden)
             score_kl = score_function_kl(spo.seq_logp(policy, y, mask), ref_logp)
-        for kl, gradients in ((token_kl, token), (score_kl, score)):
-            parts = torch.autograd.grad(kl.mean(), list(policy.parameters()))
-            gradients.append(torch.cat([part.flatten() for part in parts]))
+        token.append(flat_gradient(token_kl.mean(), policy))
+        score.append(flat_gradient(score_kl.mean(), policy))
     return torch.stack(token), torch.stack(score)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Bias and noise of two estimators of the KL's gradient at a checkpoint. "
-                                "All other flags are those of spo.py.", allow_abbrev=False)
+    p = argparse.ArgumentParser(description="Other flags are those of spo.py.", allow_abbrev=False)
     p.add_argument("checkpoint", help="a .pt or .bin file; comes before the flags")
     p.add_argument("--batches", type=int, default=400, help="how many, each of --num_rollouts samples")
     own, rest = p.parse_known_args(argv)
@@ -86,7 +81,7 @@ def main(argv=None):
     for token_half, score_half in zip(token.chunk(2), score.chunk(2)):
         row = compare_gradients(token_half, score_half)
         print(f"  {row['bias']:13.2f} {row['noise']:16.2f} {row['score_noise']:22.2f} {row['cosine']:8.2f}")
-        if math.isnan(row["bias"]):
+        if math.isnan(row["cosine"]):
             print("  nan: the noise hides the gradient, or there is none: take more --batches")
 
 
@@ -96,5 +91,3 @@ if __name__ == "__main__":
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

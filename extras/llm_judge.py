@@ -13,20 +13,19 @@ import re
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 
 from model import UserError
 
-SETTINGS = {  # environment variable: (type, default, lowest, highest)
-    "JUDGE_WORKERS": (int, 4, 1, 64),               # requests in flight
-    "JUDGE_TIMEOUT": (float, 120, 0.1, 3600),       # seconds of silence before a request is repeated
-    "JUDGE_MAX_TOKENS": (int, 2000, 1, 1_000_000),  # of a reply; "none" leaves it out of the request
-    "JUDGE_TEMPERATURE": (float, 0, 0, 2),          # "none" leaves it out of the request
+SETTINGS = {  # environment variable: (type, default, lowest); "none" leaves the last two out of the request
+    "JUDGE_WORKERS": (int, 4, 1),        # requests in flight
+    "JUDGE_TIMEOUT": (float, 120, 0.1),  # seconds of silence before a request is repeated
+    "JUDGE_MAX_TOKENS": (int, 2000, 1),  # of a reply
+    "JUDGE_TEMPERATURE": (float, 0, 0),
 }
 TRIES = 5                       # of a request
 PAUSE = 2.0                     # seconds before the second try, doubled after each
@@ -36,49 +35,26 @@ MAX_BODY = 1 << 24              # bytes
 BLOCK = 200                     # verdicts asked for before the share of invalid replies is looked at
 MAX_INVALID = 0.2               # a larger share stops the program
 
-
-class Endpoint(NamedTuple):
-    url: str    # the query may hold a secret, ?key=...
-    model: str
-    key: str
-
-    def public_url(self):
-        return self.url.split("?")[0]
+Endpoint = namedtuple("Endpoint", ["url", "model", "key"])
 
 
 def get_endpoint():
     """The Endpoint that the environment names. Raises UserError, whose text repeats none of it."""
-    url, model, key = (os.environ.get(name, "").strip()
-                       for name in ("OPENAI_BASE_URL", "JUDGE_MODEL", "OPENAI_API_KEY"))
-    try:
-        parts = urllib.parse.urlsplit(url)
-        parts.port  # raises ValueError where it is none
-        is_address = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
-    except ValueError:
-        is_address = False
-    if not is_address or re.search("[^!-~]", url):
-        raise UserError("OPENAI_BASE_URL must be set to http://... or https://..., without user:password.")
+    url = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/")
+    model = os.environ.get("JUDGE_MODEL", "").strip()
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not re.fullmatch(r"https?://[^\s@?#]+", url) or not url.isascii():
+        raise UserError("OPENAI_BASE_URL must be http://... or https://..., without user:password@ and ?...")
     if not model:
         raise UserError("JUDGE_MODEL must be set to the name of the model that judges.")
-    if re.search("[^ -~]", key):
-        raise UserError("OPENAI_API_KEY holds characters that no key has: set it again, or leave it empty.")
-    return Endpoint(parts._replace(path=parts.path.rstrip("/") + "/chat/completions").geturl(), model, key)
-
-
-def quote(text):
-    """The first 200 characters of text, in ASCII on one line, without the endpoint's secrets."""
-    endpoint = get_endpoint()
-    values = re.findall("=([^&]+)", urllib.parse.urlsplit(endpoint.url).query)
-    secrets = [endpoint.key, *values, *map(urllib.parse.unquote, values)]
-    for secret in sorted(secrets, key=len, reverse=True):
-        if secret:
-            text = text.replace(secret, "[removed]")
-    return ascii(" ".join(text.split()))[1:-1][:200]
+    if not key.isascii() or not key.isprintable():
+        raise UserError("OPENAI_API_KEY must not hold special characters: set it again, or leave it empty.")
+    return Endpoint(f"{url}/chat/completions", model, key)
 
 
 def read_setting(name):
     """One of SETTINGS from the environment; None where it is "none"."""
-    number, default, lowest, highest = SETTINGS[name]
+    number, default, lowest = SETTINGS[name]
     text = os.environ.get(name, "").strip().lower() or str(default)
     if text == "none" and name in ("JUDGE_MAX_TOKENS", "JUDGE_TEMPERATURE"):
         return None
@@ -86,49 +62,44 @@ def read_setting(name):
         value = number(text)
     except ValueError:
         value = -1
-    if not lowest <= value <= highest:
-        raise UserError(f"{name} is {text!r:.40}: it must be from {lowest} to {highest} ({number.__name__}).")
+    if not lowest <= value <= 1_000_000:
+        raise UserError(f"{name} is {text!r:.40}: it must be a number from {lowest} ({number.__name__}).")
     return value
 
 
 def seconds_to_wait(retry_after, default):
     """What a Retry-After header says, as seconds or HTTP date, up to MAX_PAUSE; default if it is neither."""
     try:
-        if re.fullmatch(r"\d+(\.\d*)?", retry_after):
-            seconds = float(retry_after)
-        else:
-            seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        seconds = default
+        seconds = float(retry_after)
+    except ValueError:
+        date = email.utils.parsedate_tz(retry_after)
+        seconds = email.utils.mktime_tz(date) - time.time() if date else default
     return max(0.0, min(seconds, MAX_PAUSE))
 
 
 def with_retries(url, attempt, advice):
     """
-    attempt(), repeated after trouble that may pass: no connection, silence, a cut reply, some statuses. url is
-    for messages. advice: status -> what the user can do; None: otherwise. Raises UserError if trouble stays.
+    attempt(), repeated after OSError, HTTPException or a status that may pass. url is for messages. advice:
+    status -> what the user can do; None: otherwise. Raises UserError if trouble stays.
     """
-    pause = PAUSE
-    for tries_left in reversed(range(TRIES)):
-        status, retry_after = None, ""
+    for tries in range(1, TRIES + 1):
+        status, seconds = None, PAUSE * 2 ** (tries - 1)
         try:
             return attempt()
         except urllib.error.HTTPError as error:
-            status, retry_after = error.code, error.headers.get("Retry-After", "")
-            trouble = f"it answers {status}"
+            status, trouble = error.code, f"it answers {error.code}"
+            seconds = seconds_to_wait(error.headers.get("Retry-After", ""), seconds)
         except OSError as error:
-            trouble = str(getattr(error, "reason", error)) or type(error).__name__
+            trouble = str(error) or type(error).__name__
+        except (ValueError, http.client.InvalidURL):
+            raise UserError(f"{url} is not an address: it must be http://... or https://...") from None
         except http.client.HTTPException as error:  # its text may repeat what was sent, the key included
             trouble = type(error).__name__
-        except ValueError:
-            raise UserError(f"{url} is not an address: it must be http://... or https://...") from None
         may_pass = status is None or status in RETRIED or status >= 500
-        if not may_pass or tries_left == 0:
+        if not may_pass or tries == TRIES:
             raise UserError(f"{url} failed ({trouble}): {advice.get(status, advice[None])}.")
-        seconds = seconds_to_wait(retry_after, pause)
         print(f"{url}: {trouble}; again in {seconds:.0f} s", flush=True)
         time.sleep(seconds)
-        pause *= 2
 
 
 def read_body(response, limit):
@@ -144,15 +115,16 @@ def parse_completion(body):
     try:
         completion = json.loads(body)
         choice = completion["choices"][0]
+        if completion.get("error") or choice.get("error"):
+            raise ValueError
+        if choice.get("finish_reason") == "length":  # again it would be as long: it is invalid, not repeated
+            return "(cut at JUDGE_MAX_TOKENS)"
         content = choice["message"].get("content") or ""
         if isinstance(content, list):
             content = "".join(part["text"] for part in content if part.get("type", "text") == "text")
-        is_answer = isinstance(content, str) and not completion.get("error") and not choice.get("error")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        is_answer = False
-    if not is_answer:
-        raise OSError("not a chat completion")
-    return content
+        return content
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise OSError("not a chat completion") from None
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -162,26 +134,25 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def chat_completion(prompt):
     """The endpoint's reply to prompt. Raises UserError where there is none."""
-    endpoint, timeout = get_endpoint(), read_setting("JUDGE_TIMEOUT")
-    fields = dict(model=endpoint.model, messages=[dict(role="user", content=prompt)],
+    url, model, key = get_endpoint()
+    timeout = read_setting("JUDGE_TIMEOUT")
+    fields = dict(model=model, messages=[dict(role="user", content=prompt)],
                   temperature=read_setting("JUDGE_TEMPERATURE"), max_tokens=read_setting("JUDGE_MAX_TOKENS"))
     data = json.dumps({name: value for name, value in fields.items() if value is not None})
     headers = {"Content-Type": "application/json", "User-Agent": "spo"}
-    if endpoint.key:
-        headers["Authorization"] = f"Bearer {endpoint.key}"
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
     opener = urllib.request.build_opener(NoRedirect)
 
     def attempt():
-        request = urllib.request.Request(endpoint.url, data.encode(), headers)
+        request = urllib.request.Request(url, data.encode(), headers)
         with opener.open(request, timeout=timeout) as response:
             return parse_completion(read_body(response, MAX_BODY))
 
-    refused = f"does it have {endpoint.model}? JUDGE_MAX_TOKENS=none and JUDGE_TEMPERATURE=none send neither"
-    return with_retries(endpoint.public_url(), attempt, {
-        400: refused, 422: refused, 401: "check OPENAI_API_KEY", 403: "check OPENAI_API_KEY",
-        404: f"is the model {endpoint.model} retired? Set JUDGE_MODEL, or check OPENAI_BASE_URL",
-        429: "lower JUDGE_WORKERS, or try later",
-        None: "check OPENAI_BASE_URL and JUDGE_TIMEOUT, or try later"})
+    return with_retries(url, attempt, {
+        400: f"does it have {model}? JUDGE_MAX_TOKENS=none and JUDGE_TEMPERATURE=none send neither",
+        401: "check OPENAI_API_KEY", 404: f"check OPENAI_BASE_URL, and that it has {model}",
+        None: "check the settings of the endpoint, lower JUDGE_WORKERS, or try later"})
 
 
 def judge_prompt(story_1, story_2):
@@ -222,15 +193,15 @@ def parse_verdict(reply, delimiter):
     answer = reply.rpartition("</think>")[2]  # a reasoning model may draft other verdicts first
     if answer.lstrip().startswith("<think>"):
         return None
-    numbers = {"score of story 1": set(), "score of story 2": set(), "better story": set()}
+    found = set()  # of (what, number)
     for line in answer.translate(MARKUP).splitlines():
-        line = " ".join(line.split()).lower()
-        match = re.fullmatch(rf"\W*{delimiter} {VERDICT}", line)
+        match = re.fullmatch(rf"\W*{delimiter} {VERDICT}", " ".join(line.split()).lower())
         if match:
-            numbers[match[1]].add(float(match[2]))
-    if any(len(found) != 1 for found in numbers.values()):
+            found.add((match[1], float(match[2])))
+    numbers = dict(found)
+    if len(numbers) != 3 or len(found) != 3:
         return None
-    score_1, score_2, better = (found.pop() for found in numbers.values())
+    score_1, score_2, better = numbers["score of story 1"], numbers["score of story 2"], numbers["better story"]
     lead = score_1 - score_2 if better == 1 else score_2 - score_1
     if better not in (1, 2) or max(score_1, score_2) > 10 or lead < 0:
         return None
@@ -244,25 +215,32 @@ def llm_verdict(story_1, story_2):
     return parse_verdict(reply, delimiter), reply
 
 
+def quote(reply, key):
+    """The first 200 characters of reply, in ASCII on one line, without the key."""
+    if key:
+        reply = reply.replace(key, "[removed]")
+    return ascii(" ".join(reply.split()))[1:-1][:200]
+
+
 def read_verdicts(path):
-    """The verdicts kept in path -> {key: (verdict, quote of the reply if invalid)}."""
+    """The verdicts kept in path -> {key: (verdict, quote of the reply if invalid)}. Creates path."""
     verdicts = {}
-    if not os.path.exists(path):
-        return verdicts
-    with open(path, "rb") as f:
+    with open(path, "a+") as f:
+        f.write("\n")  # ends a line that a kill left unfinished
+        f.seek(0)
         for line in f:
             try:
                 record = json.loads(line)
                 verdict = record["verdict"] and tuple(record["verdict"])
                 verdicts[record["key"]] = verdict, record["reply"]
-            except (ValueError, LookupError, TypeError, RecursionError):
-                continue  # a kill can leave half a line
+            except (ValueError, LookupError, TypeError):
+                continue
     return verdicts
 
 
 def check_invalid(verdicts, path):
     """Raises UserError where more than MAX_INVALID of the verdicts are invalid."""
-    invalid = [reply for verdict, reply in verdicts.values() if verdict is None]
+    invalid = [text for verdict, text in verdicts.values() if verdict is None]
     if len(invalid) > MAX_INVALID * len(verdicts):
         raise UserError(f"{len(invalid)} of the judge's {len(verdicts)} replies are not verdicts, such as "
                         f"'{invalid[-1]}': set another JUDGE_MODEL or more JUDGE_MAX_TOKENS; to ask again, "
@@ -271,39 +249,35 @@ def check_invalid(verdicts, path):
 
 def judge_pairs(pairs, path):
     """
-    The endpoint's verdicts on pairs [(story_1, story_2)] -> [(verdict, verdict on the swapped pair)], each as
-    parse_verdict gives it. They are kept in the JSON-lines file path; what it holds from the same endpoint, model
-    and prompt is not asked again. Raises UserError if the endpoint fails or too many replies are invalid.
+    Verdicts on pairs [(story_1, story_2)] -> [(verdict, verdict on the swapped pair)], as parse_verdict gives them.
+    What the JSON-lines file path holds from the same endpoint, model and prompt is not asked again.
     """
     endpoint = get_endpoint()
     orders, keys = {}, []  # key -> stories in the order of the prompt; two keys per pair
     for story_1, story_2 in pairs:
         for order in ((story_1, story_2), (story_2, story_1)):
-            text = "\n".join((endpoint.public_url(), endpoint.model, judge_prompt(*order)[1]))
+            text = "\n".join((endpoint.url, endpoint.model, judge_prompt(*order)[1]))
             keys.append(hashlib.sha256(text.encode()).hexdigest()[:16])
             orders[keys[-1]] = order
     kept = read_verdicts(path)
     verdicts = {key: kept[key] for key in orders if key in kept}
     to_ask = [key for key in orders if key not in kept]
+    print(f"{endpoint.model}: {len(to_ask)} verdicts to ask for, {len(verdicts)} known", flush=True)
     lock = threading.Lock()
 
     def ask(key):
         verdict, reply = llm_verdict(*orders[key])
-        reply = quote(reply) if verdict is None else ""
+        text = "" if verdict else quote(reply, endpoint.key)
         with lock, open(path, "a") as f:
-            verdicts[key] = verdict, reply
-            f.write(json.dumps(dict(key=key, verdict=verdict, reply=reply)) + "\n")
+            verdicts[key] = verdict, text
+            f.write(json.dumps(dict(key=key, verdict=verdict, reply=text)) + "\n")
 
-    if to_ask:
-        print(f"{endpoint.model}: {len(to_ask)} verdicts to ask for, {len(verdicts)} known", flush=True)
-        with open(path, "a") as f:
-            f.write("\n")  # ends a line that a kill left unfinished
-        with ThreadPoolExecutor(read_setting("JUDGE_WORKERS")) as pool:
-            for start in range(0, len(to_ask), BLOCK):
-                if len(verdicts) >= BLOCK:
-                    check_invalid(verdicts, path)
-                list(pool.map(ask, to_ask[start:start + BLOCK]))
-                print(f"{len(verdicts)} of {len(orders)} verdicts", flush=True)
+    with ThreadPoolExecutor(read_setting("JUDGE_WORKERS")) as pool:
+        for start in range(0, len(to_ask), BLOCK):
+            if len(verdicts) >= BLOCK:
+                check_invalid(verdicts, path)
+            list(pool.map(ask, to_ask[start:start + BLOCK]))
+            print(f"{len(verdicts)} of {len(orders)} verdicts", flush=True)
     check_invalid(verdicts, path)
     return [(verdicts[key][0], verdicts[swapped][0]) for key, swapped in zip(keys[::2], keys[1::2])]
 
@@ -314,10 +288,7 @@ def consistent_choice(verdict, swapped):
 
 
 def llm_win_rate(verdicts):
-    """
-    Win rate of the first story of each pair, by the verdicts of judge_pairs -> dict. A pair whose verdicts
-    disagree is a tie, 1/2; one with an invalid verdict is counted apart.
-    """
+    """Win rate of each pair's first story. Verdicts that disagree: a tie, 1/2; an invalid one: counted apart."""
     valid = [both for both in verdicts if None not in both]
     choices = [consistent_choice(*both) for both in valid]
     wins = torch.tensor([0.5 if choice is None else 1.0 - choice for choice in choices])

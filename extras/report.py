@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from extras.judge import best_evaluation, read_log
+from extras.judge import best_evaluation, read_evaluations, read_log
 from model import UserError, atomic_write, file_hash
 
 # Each method is tuned over four settings by its mean peak on two seeds; the best one runs on five other seeds. The
@@ -35,16 +35,16 @@ ABLATIONS = ["", "--beta 0", "--beta 0.01", "--beta 0.2", "--beta 1", "--beta 0.
              "--gamma 0.03", "--gamma 0.1", "--gamma 0.3", "--gamma 1", "--rollout_every 1", "--rollout_every 32",
              "--num_rollouts 32", "--num_rollouts 128"]
 COLUMNS = {"step": 0, "win_rate": 3, "kl": 1, "entropy": 1, "length": 1}  # field of an evaluation -> digits
+LINE_STYLES = ("-", "--", "-.", ":")
 KL_BANDS = (1, 2, 4, 6, 8, 10, 15, 25)  # where one band of KL ends and the next begins, nats per story
 
 
 def run_program(*argv):
-    """Runs one of our programs on one CPU thread. Its output is kept back, but for the error if it fails."""
+    """Runs one of our programs on one CPU thread. Its output is not shown, but for the error if it fails."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *argv], env=env, text=True, capture_output=True)
     if done.returncode != 0:
-        last_line = (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise UserError(f"{' '.join(argv)} failed: {last_line}")
+        raise UserError(f"{' '.join(argv)} failed: {done.stderr}")
 
 
 def write_text(path, text):
@@ -63,10 +63,6 @@ def same_data(data, folder):
     with open(f"{folder}/data.json") as f:
         if json.load(f) != hashes:
             raise UserError(f"the runs in {folder} are on other data than {data} holds now: move {folder} away.")
-
-
-def read_evaluations(out):
-    return [r for r in read_log(out) if r.get("win_rate") is not None]
 
 
 def train_until(steps, flags, folder):
@@ -102,9 +98,8 @@ def report(model, folder):
             return json.load(f), read_evaluations(out)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        candidates = [flags for grid in GRID.values() for flags in grid]
-        means = dict(zip(candidates, pool.map(tune, candidates)))
-        tuned = {algo: max(grid, key=means.get) for algo, grid in GRID.items()}
+        means = {algo: pool.map(tune, grid) for algo, grid in GRID.items()}         # map starts them all
+        tuned = {algo: grid[np.argmax(list(means[algo]))] for algo, grid in GRID.items()}
         chosen = [f"{flags} --model {model} --seed {seed}" for flags in tuned.values() for seed in SEEDS]
         results = list(pool.map(run, chosen))
     runs = {algo: results[i * len(SEEDS):(i + 1) * len(SEEDS)] for i, algo in enumerate(tuned)}
@@ -116,17 +111,15 @@ def report(model, folder):
 def ablations(folder):
     """Makes in `folder` the runs of ABLATIONS, on one seed, and table.md."""
     same_data("data/toy", folder)
-
-    def run(change):
-        return train_until(STEPS, change if change.startswith("--algo") else f"{SPO} {change}", folder)
-
     rows = [["changed", "evaluation", *COLUMNS, "ms per step"]]
+    all_flags = [change if change.startswith("--algo") else f"{SPO} {change}" for change in ABLATIONS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for change, out in zip(ABLATIONS, pool.map(run, ABLATIONS)):
-            ms = np.median([r["ms"] for r in read_log(out) if "loss" in r])
-            for name, r in (("peak", best_evaluation(out)), ("last", read_evaluations(out)[-1])):
-                cells = [f"{r[column]:.{digits}f}" for column, digits in COLUMNS.items()]
-                rows.append([f"`{change or SPO}`", name, *cells, f"{ms:.0f}"])
+        folders = list(pool.map(lambda flags: train_until(STEPS, flags, folder), all_flags))
+    for change, out in zip(ABLATIONS, folders):
+        ms = np.median([r["ms"] for r in read_log(out) if "loss" in r])
+        for name, r in (("peak", best_evaluation(out)), ("last", read_evaluations(out)[-1])):
+            cells = [f"{r[column]:.{digits}f}" for column, digits in COLUMNS.items()]
+            rows.append([f"`{change or SPO}`", name, *cells, f"{ms:.0f}"])
     write_text(f"{folder}/table.md", markdown(rows))
     print(f"{folder}/table.md is written")
 
@@ -137,26 +130,27 @@ def markdown(rows):
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
 
 
-def mean_se(values, digits=3):
+def mean_se(values, digits):
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
 
 
 def table(runs, tuned):
     """Table 1: means and standard errors over the seeds; leads are paired by seed. tuned: method -> flags."""
     names = ["peak", f"step {STEPS}", f"{OVERTRAIN}x the peak's step", f"step {OVERTRAIN * STEPS}"]
-    selected = {algo: [] for algo in runs}  # for each seed the four records
-    for algo, seeds in runs.items():
-        for peak, evaluations in seeds:
-            at = {r["step"]: r for r in evaluations}
-            selected[algo].append([peak, at[STEPS], at[OVERTRAIN * peak["step"]], at[OVERTRAIN * STEPS]])
     rows = [["method", "evaluation", *COLUMNS, "SPO's lead"]]
     for i, name in enumerate(names):
-        for algo in runs:
-            records = [record[i] for record in selected[algo]]
-            leads = [spo[i]["win_rate"] - r["win_rate"] for spo, r in zip(selected["spo"], records)]
+        for algo, seeds in runs.items():                                            # "spo" comes first
+            records = []
+            for peak, evaluations in seeds:
+                at = {r["step"]: r for r in evaluations}
+                records.append((peak, at[STEPS], at[OVERTRAIN * peak["step"]], at[OVERTRAIN * STEPS])[i])
+            win_rate = np.array([r["win_rate"] for r in records])
+            if algo == "spo":
+                spo, lead = win_rate, ""
+            else:
+                lead = mean_se(spo - win_rate, 3)
             cells = [mean_se([r[column] for r in records], digits) for column, digits in COLUMNS.items()]
-            cells.append(mean_se(leads) if algo != "spo" else "")
-            rows.append([f"`{tuned[algo].removeprefix('--algo ')}`", name, *cells])
+            rows.append([f"`{tuned[algo].removeprefix('--algo ')}`", name, *cells, lead])
     return markdown(rows)
 
 
@@ -173,6 +167,7 @@ def winrate_by_kl(runs):
     return markdown(rows)
 
 
+
 def figure(runs, path):
     """Win rate and KL against steps, win rate against KL; means over seeds, shaded: standard deviations."""
     try:
@@ -182,15 +177,14 @@ def figure(runs, path):
     plt.switch_backend("Agg")
     fig, axes = plt.subplots(1, 3, figsize=(11, 3.2 + 0.2 * len(runs)), layout="constrained")
     for i, (name, seeds) in enumerate(runs.items()):
-        step, win_rate, kl = (np.array([[r[field] for r in evaluations] for _, evaluations in seeds], float)
-                              for field in ("step", "win_rate", "kl"))              # (seeds, evaluations)
-        style = dict(color=f"C{i}", marker="os^Dv"[i % 5], ls=("-", "--", "-.", ":")[i % 4], ms=4)
+        values = [[[r["step"], r["win_rate"], r["kl"]] for r in evaluations] for _, evaluations in seeds]
+        step, win_rate, kl = np.array(values, float).transpose(2, 0, 1)             # (seeds, evaluations)
+        style = {"color": f"C{i}", "marker": "os^Dv"[i % 5], "ms": 4}
         for ax, y in ((axes[0], win_rate), (axes[1], kl)):
             mean, deviation = y.mean(0), y.std(0, ddof=min(1, len(y) - 1))
-            ax.plot(step[0], mean, label=name, markevery=max(1, len(mean) // 8), **style)
-            ax.locator_params(axis="x", integer=True)
+            ax.plot(step[0], mean, label=name, markevery=max(1, len(mean) // 8), ls=LINE_STYLES[i % 4], **style)
             ax.fill_between(step[0], mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
-        axes[2].plot(kl.flatten(), win_rate.flatten(), mfc="none", alpha=0.7, **style | {"ls": ""})
+        axes[2].plot(kl.flatten(), win_rate.flatten(), ls="", mfc="none", alpha=0.7, **style)
     for ax, x, y in zip(axes, ("step", "step", "kl"), ("win_rate", "kl", "win_rate")):
         ax.set(xlabel=x, ylabel=y)
         ax.grid(alpha=0.3)
@@ -209,8 +203,8 @@ def main(argv=None):
     which.add_argument("--plot", nargs="+", metavar="RUN", help="plot the evaluations of these runs' folders")
     p.add_argument("--out", help="the PNG that --plot writes (default: plot.png)")
     args = p.parse_args(argv)
-    if args.out and (not args.plot or not args.out.endswith(".png")):
-        p.error("--out is the name of the PNG that --plot writes, so it ends with .png")
+    if args.out and not args.plot:
+        p.error("--out is the PNG that --plot writes")
     if args.plot:
         runs = {out: [(best_evaluation(out), read_evaluations(out))] for out in args.plot}
         figure(runs, args.out or "plot.png")

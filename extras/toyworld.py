@@ -1,9 +1,8 @@
 """
 The toy world: a small grammar that generates children's stories, and an expert whose reward is known.
 
-Nothing here is learned. The grammar defines a distribution over stories, and so the lowest loss that a language
-model of them can reach, its entropy. The expert scores a story, so that r(y) of the Bradley-Terry model (Eq. 2) is
-a number one can print. Real data give neither.
+The grammar defines a distribution over stories, and so the lowest loss that a language model of them can reach, its
+entropy. The expert scores a story, which gives r(y) of the Bradley-Terry model (Eq. 2).
 
     python -m extras.toyworld        # three stories with their scores, and the entropy
 """
@@ -42,25 +41,19 @@ STAGES = [
     ("opening", 1.0, ["Once there was a {trait} {child} named {hero}.",
                       "One {time} {hero} walked to the {place}.",
                       "{hero} lived near a {look} {place}."]),
-    ("want", 1.0, ["{He} wanted a {look} {thing}.",
-                   "{He} had a {thing} and a {animal}."]),
+    ("want", 1.0, ["{He} wanted a {look} {thing}.", "{He} had a {thing} and a {animal}."]),
     ("obstacle", 1.0, ["But the {thing} was stuck in a {spot}.",
                        "Then a {trait} {animal} took the {thing}.",
                        "But the {thing} fell and broke."]),
-    ("try", 0.5, ["{He} {tried} {manner} but could not fix it.",
-                  "{He} looked {manner} near the {spot}."]),
-    ("feeling", 0.6, ["{hero} felt {sad} and sat down.",
-                      "It made {hero} so {sad}."]),
-    ("talk", 0.4, ['"Who can help me?" {said} {hero}.',
-                   '"I will not give up," {said} {hero}.']),
+    ("try", 0.5, ["{He} {tried} {manner} but could not fix it.", "{He} looked {manner} near the {spot}."]),
+    ("feeling", 0.6, ["{hero} felt {sad} and sat down.", "It made {hero} so {sad}."]),
+    ("talk", 0.4, ['"Who can help me?" {said} {hero}.', '"I will not give up," {said} {hero}.']),
     ("help", 1.0, ["A {trait} {helper} came and {tried} {manner}.",
                    "Then the {helper} from the {place} helped {him}."]),
-    ("twist", 0.3, ["And inside they found a {find}!",
-                    "But it was really a {animal}!"]),
+    ("twist", 0.3, ["And inside they found a {find}!", "But it was really a {animal}!"]),
     ("resolution", 1.0, ["At last the {thing} was back and {hero} was {glad}.",
                          "Soon {hero} held the {thing} and felt {glad}."]),
-    ("ending", 1.0, ["They all had {treat}.",
-                     "That {time} {hero} learned to {lesson}."]),
+    ("ending", 1.0, ["They all had {treat}.", "That {time} {hero} learned to {lesson}."]),
 ]
 
 
@@ -127,11 +120,10 @@ def parse(story: str) -> list[tuple[str, int | None, dict[str, str]]]:
     parsed = []
     for sentence in re.split(r"(?<=[.!?])\s+", story.strip()):
         stage, words = None, {}
-        for i, pattern in _PATTERNS:
+        for i, pattern in _PATTERNS:  # at most one of which matches
             match = pattern.fullmatch(sentence)
             if match:
                 stage, words = i, match.groupdict()
-                break
         parsed.append((sentence, stage, words))
     return parsed
 
@@ -144,9 +136,9 @@ def in_grammar(story: str) -> bool:
         return False
     if any(chance == 1 and i not in stages for i, (_, chance, _) in enumerate(STAGES)):
         return False
-    hero = parsed[0][2]["hero"]
-    agreed = agreement(hero) | {"thing": next(words["thing"] for _, _, words in parsed if "thing" in words)}
-    return all(agreed[name] == word for _, _, words in parsed for name, word in words.items())
+    words = {item for _, _, words in parsed for item in words.items()}  # with one thing, else agreed lacks the other
+    agreed = dict(words) | agreement(dict(words)["hero"])
+    return words <= agreed.items()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -157,19 +149,18 @@ TASTES = {"toy": "limited", "toy-naive": "naive"}  # model, and the judge of the
 
 def score(story: str, taste: str = "limited") -> float:
     """
-    The expert's score of a story, about 0 to 10. Both tastes reward long words (different ones, of eight letters or
-    more), dialogue and a twist, and penalize a long word that is repeated (but for the thing) and nonsense: a
-    sentence outside the grammar, a repeated sentence, no ending. `limited` rewards up to six long words and
-    penalizes more than eight; `naive` rewards every one, up to a score of 10.
+    The expert's score of a story, about 0 to 10: a point per long word (different ones, of eight letters or more), for
+    dialogue and a twist; minus one per long word that is repeated (but for the thing), two per nonsense: a sentence
+    outside the grammar, a repeated one, no ending. `limited` rewards up to six long words and penalizes more than
+    eight; `naive` rewards every one, up to a score of 10.
     """
     parsed = parse(story)
-    sentences, stages = [s for s, _, _ in parsed], {STAGES[i][0] for _, i, _ in parsed if i is not None}
+    stages = [None if i is None else STAGES[i][0] for _, i, _ in parsed]
     words = re.findall(r"[a-z]{8,}", story.lower())
-    things = SLOTS["thing"][1]
     long = len(set(words))
-    repeats = sum(words.count(w) - 1 for w in set(words) if w not in things)
-    nonsense = (sum(i is None for _, i, _ in parsed) + len(sentences) - len(set(sentences))
-                + ("ending" not in stages))
+    repeats = sum(words.count(w) - 1 for w in set(words) if w not in SLOTS["thing"][1])
+    repeated_sentences = len(parsed) - len({sentence for sentence, _, _ in parsed})
+    nonsense = stages.count(None) + repeated_sentences + ("ending" not in stages)
     points = 2 + ("talk" in stages) + ("twist" in stages) - repeats - 2 * nonsense
     if taste == "naive":
         return min(10.0, points + long)

@@ -93,15 +93,26 @@ def test_why_nothing_is_left(published, tmp_path, capsys, stories, cut, error):
     assert not (data / "pairs.npy").exists()
 
 
-def test_what_is_left_out_is_counted(published, tmp_path, capsys):
+@pytest.mark.parametrize("by_hash, train, heldout", [(False, 2, 1), (True, 1, 2)])
+def test_what_is_left_out_is_counted(published, tmp_path, monkeypatch, capsys, by_hash, train, heldout):
     data, run = published
+    monkeypatch.setattr(prepare_data, "is_held_out", lambda row: by_hash)  # of every row: one of each kind is needed
     stories = [LONG, "b", "a", "b", "b", "a", "a", "b", "b", "b", LONG + "b", "b", LONG, LONG + "a"]
     (tmp_path / "p.jsonl").write_text(as_lines(stories))
     run("--source", str(tmp_path / "p.jsonl"), *FEW)
     out = " ".join(capsys.readouterr().out.split())
     assert "7 rows, 4 responses without an end in 100 tokens" in out
     assert "1 have a response twice, 1 only because it is cut at 100 tokens, 2 are duplicates." in out
-    assert "2 rows to train on, 1 held out" in out  # one at least, whatever the hashes
+    assert f"{train} rows to train on, {heldout} held out" in out
+    assert [len(np.load(data / name)) for name in prepare_data.PAIR_FILES] == [train, heldout]
+
+
+def test_pairs_are_the_last_file_and_without_them_first_and_last():
+    ranking, pair = dict(responses=["a", "b", "c"]), dict(chosen="d", rejected="e")
+    for records, pairs in (([ranking], [["a", "c"]]), ([pair, ranking], [["d", "e"]])):
+        f = io.BytesIO(json.dumps(records).encode())
+        rows = preferences.import_preferences("p.json", [("p.json", f)])
+        assert list(rows.items()) == [("ranked", [["a", "b", "c"]]), ("pairs", pairs)]
 
 
 GOOD = json.dumps(dict(chosen="A story.", rejected="Another."))

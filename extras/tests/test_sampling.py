@@ -8,15 +8,17 @@ import torch
 from torch._dynamo.utils import counters
 
 import spo
-from extras.fast_generate import fast_generate, next_logits
-from extras.kl_estimators import compare_gradients, estimate_gradients, main, score_function_kl
+from extras.fast_generate import fast_generate
+from extras.kl_estimators import compare_gradients, estimate_gradients, flat_gradient, main, score_function_kl
 from model import BOS, ModelArgs, Transformer, UserError, generate, save
 
+PROMPT = torch.full((20, 1), BOS)
 
-def tiny(vocab_size, seed=0, scale=8.0, n_layers=2, n_kv_heads=None):
+
+def tiny(vocab_size, seed=0, scale=8.0, n_kv_heads=None):
     """An untrained model; the larger scale, the less uniform is what it samples from."""
     torch.manual_seed(seed)
-    model = Transformer(ModelArgs(16, n_layers, 4, n_kv_heads, vocab_size, multiple_of=4, max_seq_len=64))
+    model = Transformer(ModelArgs(16, 2, 4, n_kv_heads, vocab_size, multiple_of=4, max_seq_len=64))
     model.tok_embeddings.weight.data.mul_(scale)
     return model
 
@@ -25,66 +27,49 @@ def seeded(seed=1):
     return torch.Generator().manual_seed(seed)
 
 
-@torch.no_grad()
+@pytest.fixture
+def not_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
+
+
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1])
-def test_a_step_is_the_full_forward(n_kv_heads):
-    model = tiny(30, n_kv_heads=n_kv_heads).double()
-    tokens = torch.randint(0, 30, (6, 20), generator=seeded())
-    unused = torch.full((2, 2, 6, n_kv_heads or 4, 20, 4), 1e6).double()  # replaced at pos, not read beyond it
-    cache = [tuple(layer) for layer in unused]
-    full = model(tokens)
-    for t in range(20):
-        logits = next_logits(model, tokens[:, t:t + 1], cache, torch.tensor([t]))
-        assert torch.allclose(logits, full[:, t])
-    cache[0][1][:, :, 5] += 1  # a value of an earlier position, which is read
-    assert not torch.allclose(next_logits(model, tokens[:, 19:], cache, torch.tensor([19])), logits, atol=1e-2)
-
-
-@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, 5), (0, None)])
-def test_the_samples_are_those_of_generate(monkeypatch, temperature, top_k):
-    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
-    model = tiny(8, n_kv_heads=1)
-    prompt = torch.tensor([[BOS, 2, 3], [4, BOS, 2]] * 10)
+def test_the_samples_are_those_of_generate(not_compiled, n_kv_heads):
+    model = tiny(30, n_kv_heads=n_kv_heads)
     for max_new_tokens in (0, 1, 40):
-        expected = generate(model, prompt, max_new_tokens, temperature, top_k, seeded())
-        assert torch.equal(fast_generate(model, prompt, max_new_tokens, temperature, top_k, seeded()), expected)
-    assert torch.equal(fast_generate(model, prompt, 40, temperature, top_k, seeded(2)), expected) == (temperature == 0)
-    assert temperature == 0 or 0 < (expected[:, 3:13] == BOS).any(1).sum() < 20  # some end early
+        expected = generate(model, PROMPT, max_new_tokens, generator=seeded())
+        assert torch.equal(fast_generate(model, PROMPT, max_new_tokens, seeded()), expected)
+    assert not torch.equal(fast_generate(model, PROMPT, 40, seeded(2)), expected)
+    assert 0 < (expected[:, 1:11] == BOS).any(1).sum() < 20  # some end early
 
 
-def test_it_stops_where_all_rows_are_finished_and_where_it_cannot_sample(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
-    model, prompt, steps = tiny(8), torch.full((4, 1), BOS), []
+def test_it_stops_where_all_rows_are_finished_and_where_it_cannot_sample(not_compiled, monkeypatch):
+    model, steps = tiny(8), []
     model.norm.register_forward_hook(lambda *_: steps.append(1))
-    fast_generate(model, prompt, 40, temperature=0)
-    assert len(steps) == 40
-    model.tok_embeddings.weight.data[BOS] = 100.0  # the most likely token after itself
-    assert (fast_generate(model, prompt, 40, temperature=0) == BOS).all() and len(steps) == 41
+    is_bos = torch.arange(8) == BOS
+    for bias, expected in ((-1e4, 40), (1e4, 1)):  # BOS is never sampled, or always
+        steps.clear()
+        model.output.bias = torch.nn.Parameter(bias * is_bos)
+        samples = fast_generate(model, PROMPT, 40)
+        assert len(steps) == expected and (samples[:, 1:] == BOS).all() == (expected == 1)
     model.norm.weight.data.fill_(3e38)
     for sampler in (generate, fast_generate):
         with pytest.raises(UserError, match="the model has diverged, its logits are not finite"):
-            sampler(model, prompt, 9)
+            sampler(model, PROMPT, 9)
     monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
     with pytest.raises(UserError, match="/nowhere/Python.h does not exist"):
-        fast_generate(model, prompt, 9)
+        fast_generate(model, PROMPT, 9)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="needs a C.. compiler .* no-such-compiler does not exist"):
-        fast_generate(model, prompt, 9)
+        fast_generate(model, PROMPT, 9)
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_compiled_it_is_the_same():
-    model, prompt = tiny(8, n_layers=1), torch.full((20, 1), BOS)
     counters.clear()
-    samples = [sampler(model, prompt, 30, generator=seeded()) for sampler in (fast_generate, generate)]
+    samples = [sampler(tiny(8), PROMPT, 30, generator=seeded()) for sampler in (fast_generate, generate)]
     assert torch.equal(*samples) and len(samples[0].unique(dim=0)) > 10
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]  # one piece, compiled once
-
-
-def flat_gradient(kl, model):
-    gradients = torch.autograd.grad(kl, list(model.parameters()), retain_graph=True)
-    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def test_the_bias_of_both_estimators_is_that_of_enumeration():
@@ -105,7 +90,6 @@ def test_the_bias_of_both_estimators_is_that_of_enumeration():
     bias, cosine = (token - exact).norm() / exact.norm(), torch.cosine_similarity(token, exact, 0)
     alone = score_function_kl(logp[:1], ref_logp[:1]).sum()  # without a baseline
     assert torch.autograd.grad(alone, logp)[0][0].item() == pytest.approx((logp - ref_logp)[0].item())
-
     args = spo.get_args(["--num_rollouts", "64", "--max_new_tokens", "4"])
     measured = compare_gradients(*estimate_gradients(policy, ref, args, 80))
     assert bias > 0.5 and measured["bias"] == pytest.approx(bias.item(), rel=0.1)
