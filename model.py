@@ -270,11 +270,10 @@ def load_checkpoint(path, device="cpu"):
 def build_model(checkpoint, path):
     """The Transformer in a checkpoint read from path, checked: what this model cannot express is refused."""
     try:
-        unknown = checkpoint["model_args"].keys() - {f.name for f in fields(ModelArgs)}
-        if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)}")
         args = ModelArgs(**checkpoint["model_args"])
         weights = {name.removeprefix("_orig_mod."): w.float() for name, w in checkpoint["model"].items()}
+        if not all(w.isfinite().all() for w in weights.values()):
+            raise ValueError("some are not finite")
         embedding = weights["tok_embeddings.weight"]
         if not torch.equal(weights.setdefault("output.weight", embedding), embedding):
             raise ValueError("the output layer is not tied to the embedding")
@@ -286,8 +285,6 @@ def build_model(checkpoint, path):
         with torch.device("meta"):  # whatever sizes the file claims, only what it holds is allocated
             model = Transformer(args)
         model.load_state_dict({name: w.contiguous() for name, w in weights.items()}, assign=True)
-        if not all(w.isfinite().all() for w in weights.values()):
-            raise ValueError("some are not finite")
     except (RuntimeError, TypeError, ValueError, KeyError, ArithmeticError, AttributeError, AssertionError) as e:
         reason = " ".join(str(e).split())[:120]
         raise UserError(f"{path}: its weights or model_args are not those of this Llama ({reason}).") from None
@@ -306,10 +303,11 @@ def atomic_write(path):
             os.fsync(f.fileno())
         os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(f"{path}.part")
         reason = getattr(e, "strerror", None) or "is the disk full?"
         raise UserError(f"{path} cannot be written ({reason}); an earlier version of it is unchanged.") from None
+    finally:
+        with contextlib.suppress(OSError):  # there only if the write failed, in whatever way
+            os.remove(f"{path}.part")
 
 
 def save(model, path, **extra):
@@ -333,6 +331,8 @@ def bin_names(n_layers):
 def export(model, path):
     """llama2.c's version-0 .bin, for its run.c: a header of 7 int32, float32 weights, RoPE's cos and sin."""
     args, weights = model.args, model.state_dict()
+    if args.norm_eps != 1e-5:
+        raise UserError(f"{path} is not written: norm_eps is {args.norm_eps}, and run.c computes with 1e-5.")
     header = struct.pack("7i", args.dim, model.hidden_dim, args.n_layers, args.n_heads,
                          args.n_kv_heads or args.n_heads, args.vocab_size, args.max_seq_len)
     tensors = [weights[name] for name in bin_names(args.n_layers)]
@@ -350,16 +350,22 @@ def read_bin(path):
     names = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
     try:
         sizes = dict(zip(names, struct.unpack("7i", header)))
-        if min(sizes.values()) < 1 or sizes["n_layers"] * sizes["dim"] > len(data):
+        if min(sizes.values()) < 1:
             raise ValueError("impossible sizes, or a negative vocab_size: an output layer of its own")
         args = ModelArgs(**sizes)
+        head_dim = args.dim // args.n_heads
+        layer = args.dim * (2 + 2 * args.dim + 2 * head_dim * args.n_kv_heads + 3 * args.hidden_dim)
+        size = 4 * (args.vocab_size * args.dim + args.n_layers * layer + args.dim + args.max_seq_len * head_dim)
+        if size != len(data):  # checked before a model of whatever sizes is built
+            raise ValueError(f"{len(data)} bytes of weights, not {size}")
         with torch.device("meta"):
             weights = Transformer(args).state_dict()
         counts = [weights[name].numel() for name in bin_names(args.n_layers)]
-        rope = args.max_seq_len * (args.dim // args.n_heads)  # cos and sin, computed anew here
+        rope = args.max_seq_len * head_dim  # cos and sin, computed anew here
         parts = torch.frombuffer(data, dtype=torch.float32).split([*counts, rope])
     except (struct.error, ValueError, RuntimeError, ArithmeticError) as e:
-        raise UserError(f"{path} is not a version-0 .bin of llama2.c that this Llama can express ({str(e)[:80]}).") from None
+        raise UserError(f"{path} is not a version-0 .bin of llama2.c that this Llama can express ({str(e)[:80]})."
+                        ) from None
     named = zip(bin_names(args.n_layers), parts)
     return {"model": {name: x.view(weights[name].shape) for name, x in named}, "model_args": sizes}
 
@@ -398,15 +404,18 @@ def main(argv=None):
     p.add_argument("--max_new_tokens", type=int, help="(default: as many as the model's context holds)")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
+    if args.n < 1 or args.top_k is not None and args.top_k < 1 or not 0 <= args.seed < 2 ** 63:
+        p.error("-n and --top_k must be at least 1, --seed from 0 to 2^63 - 1")
+    if args.temperature != 0 and not 0.001 <= args.temperature < math.inf:
+        p.error("--temperature must be 0, or 0.001 or more")
     model = load(args.checkpoint)
     tokenizer = load_tokenizer(args.tokenizer, model.args.vocab_size)
     prompt = torch.tensor([[BOS, *tokenizer.encode(args.prompt)]])
     space = model.args.max_seq_len + 1 - prompt.shape[1]
     length = space if args.max_new_tokens is None else args.max_new_tokens
-    if args.n < 1 or args.temperature < 0 or args.top_k is not None and args.top_k < 1:
-        p.error("-n and --top_k must be at least 1, --temperature at least 0")
     if not 1 <= length <= space:
-        p.error(f"--max_new_tokens must be from 1 to {space}: the prompt has {prompt.shape[1]} tokens, BOS included")
+        p.error(f"the prompt has {prompt.shape[1]} tokens, BOS included, of the {model.args.max_seq_len} that the model "
+                f"reads: --max_new_tokens must be from 1 to {space}, or the prompt shorter")
     generator = torch.Generator().manual_seed(args.seed)
     tokens = generate(model, prompt.repeat(args.n, 1), length, args.temperature, args.top_k, generator)
     print("\n\n".join(tokenizer.decode(tokens.tolist())))

@@ -204,7 +204,8 @@ def load_responses(path, model_args, min_rows=1, num_responses=None):
         N, n, T = data.shape
         assert data.dtype == np.uint16 and N > 0
     except Exception as e:  # a damaged file can fail in any way
-        raise UserError(f"{path} cannot be read as a token file ({str(e)[:80]}): `make data` creates it.") from None
+        reason = " ".join(str(e).split())[:80]
+        raise UserError(f"{path} cannot be read as a token file ({reason}): `make data` creates it.") from None
     if N < min_rows or n != (num_responses or max(n, 2)):
         raise UserError(f"{path} has {N} rows of {n} responses: this run needs {min_rows} rows (--batch_size) of "
                         f"{num_responses or 'two or more'} responses.")

@@ -111,7 +111,7 @@ def read_body(response, limit):
 
 
 def parse_completion(body):
-    """The text in a chat completion's JSON, "" if the model said nothing. Raises OSError for any other body."""
+    """The text in a chat completion's JSON, "" if there is none. Raises OSError for any other body."""
     try:
         completion = json.loads(body)
         choice = completion["choices"][0]
@@ -122,8 +122,8 @@ def parse_completion(body):
         content = choice["message"].get("content") or ""
         if isinstance(content, list):
             content = "".join(part["text"] for part in content if part.get("type", "text") == "text")
-        return content
-    except (ValueError, LookupError, TypeError, AttributeError):
+        return str(content)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise OSError("not a chat completion") from None
 
 
@@ -138,21 +138,19 @@ def chat_completion(prompt):
     timeout = read_setting("JUDGE_TIMEOUT")
     fields = dict(model=model, messages=[dict(role="user", content=prompt)],
                   temperature=read_setting("JUDGE_TEMPERATURE"), max_tokens=read_setting("JUDGE_MAX_TOKENS"))
-    data = json.dumps({name: value for name, value in fields.items() if value is not None})
+    data = json.dumps({name: value for name, value in fields.items() if value is not None}).encode()
     headers = {"Content-Type": "application/json", "User-Agent": "spo"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    opener = urllib.request.build_opener(NoRedirect)
 
     def attempt():
-        request = urllib.request.Request(url, data.encode(), headers)
-        with opener.open(request, timeout=timeout) as response:
+        request = urllib.request.Request(url, data, headers)
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=timeout) as response:
             return parse_completion(read_body(response, MAX_BODY))
 
     return with_retries(url, attempt, {
         400: f"does it have {model}? JUDGE_MAX_TOKENS=none and JUDGE_TEMPERATURE=none send neither",
-        401: "check OPENAI_API_KEY", 404: f"check OPENAI_BASE_URL, and that it has {model}",
-        None: "check the settings of the endpoint, lower JUDGE_WORKERS, or try later"})
+        None: "check OPENAI_BASE_URL, OPENAI_API_KEY, JUDGE_MODEL and JUDGE_TIMEOUT, or try later"})
 
 
 def judge_prompt(story_1, story_2):
@@ -201,11 +199,11 @@ def parse_verdict(reply, delimiter):
     numbers = dict(found)
     if len(numbers) != 3 or len(found) != 3:
         return None
-    score_1, score_2, better = numbers["score of story 1"], numbers["score of story 2"], numbers["better story"]
-    lead = score_1 - score_2 if better == 1 else score_2 - score_1
-    if better not in (1, 2) or max(score_1, score_2) > 10 or lead < 0:
+    scores = numbers["score of story 1"], numbers["score of story 2"]
+    better = numbers["better story"]
+    if better not in (1, 2) or max(scores) > 10 or scores[int(better) - 1] < max(scores):
         return None
-    return score_1, score_2, int(better)
+    return *scores, int(better)
 
 
 def llm_verdict(story_1, story_2):
@@ -249,8 +247,8 @@ def check_invalid(verdicts, path):
 
 def judge_pairs(pairs, path):
     """
-    Verdicts on pairs [(story_1, story_2)] -> [(verdict, verdict on the swapped pair)], as parse_verdict gives them.
-    What the JSON-lines file path holds from the same endpoint, model and prompt is not asked again.
+    Verdicts on pairs [(story_1, story_2)] -> [(verdict, verdict on the swapped pair)], each as parse_verdict
+    gives it. What the JSON-lines file path holds from the same endpoint, model and prompt is not asked again.
     """
     endpoint = get_endpoint()
     orders, keys = {}, []  # key -> stories in the order of the prompt; two keys per pair
@@ -288,7 +286,7 @@ def consistent_choice(verdict, swapped):
 
 
 def llm_win_rate(verdicts):
-    """Win rate of each pair's first story. Verdicts that disagree: a tie, 1/2; an invalid one: counted apart."""
+    """Win rate of the pairs' first stories. Verdicts that disagree are a tie; invalid ones are counted apart."""
     valid = [both for both in verdicts if None not in both]
     choices = [consistent_choice(*both) for both in valid]
     wins = torch.tensor([0.5 if choice is None else 1.0 - choice for choice in choices])

@@ -23,7 +23,7 @@ def reward_at_end(model, tokens, mask):
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * positions).argmax(1).clamp(max=max_seq_len - 1)                  # (N,)
     output = upcast(model(tokens[:, :max_seq_len]))                                 # (N, T, 1)
-    return output[:, :, 0].gather(1, last[:, None])[:, 0]
+    return output.squeeze(2).gather(1, last[:, None]).squeeze(1)
 
 
 def load_reward_model(path, device="cpu"):
@@ -64,7 +64,7 @@ def fit_reward_model(init, pairs, heldout_pairs, steps, lr, micro_batch_size, se
         batch = batch_indices(len(pairs), batch_size, seed, BATCH, step)
         for _, y in micro_batches(pairs, batch, micro_batch_size, device):
             r = reward_at_end(model, y, response_mask(y)).view(-1, 2)               # (b, 2)
-            r_w, r_l = r[:, 0], r[:, 1]
+            r_w, r_l = r.unbind(1)
             loss = spo_loss(r_w, r_l, 1.0).sum() / batch_size                       # -log sigmoid(r_w - r_l)
             loss.backward()
             total += loss.item()
@@ -72,8 +72,8 @@ def fit_reward_model(init, pairs, heldout_pairs, steps, lr, micro_batch_size, se
         optimizer.step()
         if (step + 1) % 100 == 0 or step + 1 == steps:
             print(f"step {step + 1} of {steps}, loss {total:.3f}", flush=True)
-    r = dataset_rewards(model, heldout_pairs, micro_batch_size, device)             # (M, 2)
-    accuracy = (r[:, 0] > r[:, 1]).float().mean().item()
-    standard_error = (accuracy * (1 - accuracy) / len(r)) ** 0.5
-    print(f"accuracy on {len(r)} held-out pairs: {accuracy:.3f} +- {standard_error:.3f}", flush=True)
+    r_w, r_l = dataset_rewards(model, heldout_pairs, micro_batch_size, device).unbind(1)
+    accuracy = (r_w > r_l).float().mean().item()
+    standard_error = (accuracy * (1 - accuracy) / len(r_w)) ** 0.5
+    print(f"accuracy on {len(r_w)} held-out pairs: {accuracy:.3f} +- {standard_error:.3f}", flush=True)
     return model

@@ -1,0 +1,103 @@
+"""README, docs and Makefile: what they name exists, what they say to type works, what they print is true."""
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import prepare_data
+import spo
+from extras.tests.conftest import ROOT
+
+PAGES = ["README.md", *(f"docs/{name}" for name in sorted(os.listdir(f"{ROOT}/docs")) if name.endswith(".md"))]
+
+
+def read(path):
+    with open(f"{ROOT}/{path}", encoding="utf-8") as f:
+        return f.read()
+
+
+def make(*argv, **env):
+    return subprocess.run(["make", f"PY={sys.executable}", *argv], cwd=ROOT, text=True, capture_output=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_names_exist(page):
+    for link in re.findall(r"\]\(([\w./-]+)\)", read(page)):
+        assert os.path.exists(os.path.join(ROOT, os.path.dirname(page), link)), link
+    source = "".join(read(path) for path in subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, text=True,
+                                                           capture_output=True).stdout.split())
+    rows = [row for row in read(page).splitlines() if row.startswith("|") and ("Eq." in row or "Appendix" in row)]
+    assert rows or page not in ("README.md", "docs/design.md")
+    for row in rows:
+        for name in re.findall(r"`(\w+)`", row.split("|")[2]):
+            assert re.search(rf"^(def {name}\(|{name} = |.*\b{name}\b)", source, re.M), name
+
+
+def test_the_formula_and_the_example_are_the_code():
+    lines = re.search(r"```python\n(margin = .*?)```", read("README.md"), re.S)[1]
+    assert all(line.partition("#")[0].strip() in read("spo.py") for line in lines.splitlines())
+    names, shown = {}, 0
+    for line in re.search(r"```python\n(import torch\n.*?)```", read("docs/design.md"), re.S)[1].splitlines():
+        code, _, expected = (part.strip() for part in line.partition("#"))
+        if expected.startswith("tensor"):
+            assert repr(eval(code, names)) == expected
+            shown += 1
+        else:
+            exec(code, names)
+    assert shown == 2
+
+
+COMMANDS = sorted({line.partition("#")[0].replace("...", "").strip() for page in PAGES
+                   for line in re.findall(r"^(?:\$ )?make [a-z]+.*$|(?<=`)make [a-z][^`\n]*(?=`)", read(page), re.M)})
+PROGRAMS = dict(train="spo.py", data="prepare_data.py", theory="test_spo.py", test="-m pytest", sample="model.py",
+                evaluate="-m extras.judge", report="-m extras.report", ablations="-m extras.report --ablations",
+                plot="-m extras.report --plot", bench="-m extras.bench", clean="rm -rf data out")
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_make_command_runs_its_program_with_flags_that_it_takes(line):
+    target, *settings = shlex.split(line)[1:]
+    done = make("-n", target, *settings)
+    assert done.returncode == 0, done.stderr
+    commands = done.stdout.replace("\\\n", " ").replace(sys.executable, "python").splitlines()
+    assert PROGRAMS[target] in commands[-1], commands
+    for command in commands:
+        program, *argv = shlex.split(command.removeprefix("python "))
+        if program == "spo.py":
+            args = spo.get_args(argv)
+            for name, value in (setting.split("=", 1) for setting in settings):
+                if name.lower() in vars(args):
+                    assert str(vars(args)[name.lower()]) == str(type(vars(args)[name.lower()])(value)), name
+        elif program == "prepare_data.py":
+            prepare_data.get_args(argv)
+
+
+def test_the_first_command_of_the_readme(world, tmp_path):
+    line = re.search(r"make (train ALGO=spo ALPHA=0.01)", read("README.md"))[1]
+    flags = "--batch_size 8 --num_eval_samples 16 --eval_every 2"
+    done = make(*line.split(), f"DATA={world}", "STEPS=4", f"OUT={tmp_path}/my run", f"ARGS={flags}")
+    assert done.returncode == 0, done.stderr
+    assert "alpha=0.01" in done.stdout and all(len(x) <= 80 for x in done.stdout.splitlines() if str(tmp_path) not in x)
+    assert {"ckpt.pt", "best.pt", "log.jsonl", "samples.txt"} <= set(os.listdir(tmp_path / "my run"))
+
+
+@pytest.mark.parametrize("settings, words", [
+    ("train ALHPA=0.5", "does not read ALHPA"), ("train alpha=0.5", "does not read alpha"),
+    ("train BATCH_SIZE=4", "does not read BATCH_SIZE"), ("report STEPS=10", "does not read STEPS"),
+    ("train RESUME=yes", "RESUME is yes"),
+])
+def test_a_setting_that_is_not_read_is_an_error(settings, words):
+    done = make("-n", *settings.split())
+    assert done.returncode == 2 and words in done.stderr
+
+
+def test_make_passes_on_what_is_given_and_nothing_else():
+    assert "--" not in make("-n", "train", "RESUME=0", ALGO="dpo", STEPS="3").stdout.splitlines()[-1]
+    given = make("-n", "train", "RESUME=1", "OUT=my out").stdout
+    assert "--resume" in given and '--out "my out"' in given
+    targets = re.findall(r"^make (\w+)", make().stdout, re.M)
+    assert set(targets) == {*PROGRAMS, "help"}
