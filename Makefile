@@ -25,17 +25,21 @@ ARGS =
 # The interpreter; PY=python3 uses an environment of your own
 PY = .venv/bin/python
 
+# What each target reads. Any other variable on make's command line, a misspelt one for example, ends with an error
 train_reads = ALGO ALPHA BETA GAMMA DELTA MODEL SOURCE DATA OUT SEED STEPS RESUME ARGS
 data_reads = MODEL SOURCE DATA SEED ARGS
 evaluate_reads = MODEL DATA SEED CHECKPOINT N ARGS
-sample_reads = MODEL SEED CHECKPOINT PROMPT N TEMPERATURE ARGS
+sample_reads = MODEL DATA SEED CHECKPOINT PROMPT N TEMPERATURE ARGS
 plot_reads = RUNS OUT
 report_reads = MODEL
 bench_reads = MODEL ARGS
-given = $(foreach name,$(.VARIABLES),$(if $(findstring command,$(origin $(name))),$(name)))
-unread = $(filter-out PY $(foreach goal,$(MAKECMDGOALS),$($(goal)_reads)),$(given))
-$(if $(unread),$(error `make $(MAKECMDGOALS)` does not read $(unread). Settings: $(foreach goal,$(MAKECMDGOALS),$($(goal)_reads))))
+reads = PY $(foreach target,$(MAKECMDGOALS),$($(target)_reads))
+given = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+$(if $(filter-out $(reads),$(given)),$(error `make $(MAKECMDGOALS)` does not read $(filter-out $(reads),$(given)), only $(reads)))
 $(if $(filter-out 0 1,$(RESUME)),$(error RESUME is $(RESUME): give RESUME=1 to continue a run))
+
+# $(call flag,OUT,--out) is --out 'VALUE' if OUT is given, else nothing; quotes in VALUE are escaped for the shell
+flag = $(if $($(1)),$(2) '$(subst ','\'',$($(1)))')
 
 # glibc gives the memory of large tensors back to the kernel and takes it again page by page: a fifth of a step of the
 # 15M model. With these two it keeps what it has; other C libraries ignore them.
@@ -48,15 +52,14 @@ help:  ## list the targets
 
 # The main job. It creates its data on first use, so that one command is enough
 train: data  ## align the model: ALGO=spo ALPHA=0.01 (BETA GAMMA DELTA MODEL OUT SEED STEPS RESUME ARGS)
-	@$(PY) spo.py $(if $(ALGO),--algo "$(ALGO)") $(if $(ALPHA),--alpha "$(ALPHA)") $(if $(BETA),--beta "$(BETA)") \
-	  $(if $(GAMMA),--gamma "$(GAMMA)") $(if $(DELTA),--delta "$(DELTA)") $(if $(MODEL),--model "$(MODEL)") \
-	  $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(if $(SEED),--seed "$(SEED)") \
-	  $(if $(STEPS),--steps "$(STEPS)") $(if $(filter 1,$(RESUME)),--resume) $(ARGS)
+	@$(PY) spo.py $(call flag,ALGO,--algo) $(call flag,ALPHA,--alpha) $(call flag,BETA,--beta) \
+	  $(call flag,GAMMA,--gamma) $(call flag,DELTA,--delta) $(call flag,MODEL,--model) $(call flag,DATA,--data) \
+	  $(call flag,OUT,--out) $(call flag,SEED,--seed) $(call flag,STEPS,--steps) $(if $(filter 1,$(RESUME)),--resume) $(ARGS)
 
-# What train reads; a folder that is complete is left as it is. ARGS and SEED of train are not for it
+# What train reads; a folder that is complete stays as it is. SEED and ARGS of `make train` are not meant for it
 data: .venv/ready  ## the SFT model and its preference data: MODEL=stories15M SOURCE=made
-	@$(PY) prepare_data.py $(or $(MODEL),toy) $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
-	  $(if $(filter data,$(MAKECMDGOALS)),$(if $(SEED),--seed "$(SEED)") $(ARGS))
+	@$(PY) prepare_data.py $(or $(MODEL),toy) $(call flag,DATA,--data) $(call flag,SOURCE,--source) \
+	  $(if $(filter data,$(MAKECMDGOALS)),$(call flag,SEED,--seed) $(ARGS))
 
 # A few seconds, apart from the other tests: the theorems are what a reader wants to see first
 theory: .venv/ready  ## Theorems 1 to 4 as a table
@@ -68,41 +71,44 @@ test: .venv/ready  ## run all tests
 
 # To read what a model writes is the first thing to do with it
 sample: .venv/ready  ## print samples: CHECKPOINT=out/.../best.pt PROMPT="Once" N=3 TEMPERATURE=0.8
-	@$(PY) model.py $(if $(CHECKPOINT),"$(CHECKPOINT)") $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(N),-n "$(N)") \
-	  $(if $(TEMPERATURE),--temperature "$(TEMPERATURE)") $(if $(SEED),--seed "$(SEED)") \
-	  $(if $(filter-out toy%,$(MODEL)),--tokenizer "data/$(MODEL)/tokenizer.model") $(ARGS)
+	@$(PY) model.py $(CHECKPOINT) $(call flag,PROMPT,--prompt) $(call flag,N,-n) $(call flag,TEMPERATURE,--temperature) \
+	  $(call flag,SEED,--seed) $(if $(filter-out toy%,$(MODEL)),--tokenizer $(or $(DATA),data/$(MODEL))/tokenizer.model) $(ARGS)
 
 # Training evaluates on few samples and picks the best: evaluate the pick again
 evaluate: data  ## a checkpoint's win rate on fresh samples: CHECKPOINT=out/.../best.pt N=1000
-	@$(PY) -m extras.judge $(if $(CHECKPOINT),"$(CHECKPOINT)") $(if $(N),--n "$(N)") $(if $(MODEL),--model "$(MODEL)") \
-	  $(if $(DATA),--data "$(DATA)") $(if $(SEED),--seed "$(SEED)") $(ARGS)
+	@$(PY) -m extras.judge $(CHECKPOINT) $(call flag,N,--n) $(call flag,MODEL,--model) $(call flag,DATA,--data) \
+	  $(call flag,SEED,--seed) $(ARGS)
 
 # Figures need matplotlib, which nothing else does
-plot: .venv/ready  ## win rate and KL against steps as plot.png: RUNS="out/a out/b" (OUT=plot.png)
-	@$(if $(filter .venv/%,$(PY)),$(PY) -m pip install -q matplotlib==3.11.2)
-	@$(PY) -m extras.report --plot $(RUNS) $(if $(OUT),--out "$(OUT)")
+plot: .venv/matplotlib  ## win rate and KL against steps as plot.png: RUNS="out/a out/b" (OUT=plot.png)
+	@$(PY) -m extras.report --plot $(RUNS) $(call flag,OUT,--out)
 
 # The numbers of docs/results.md
-report: data  ## Table 1 and Figure 1 on the toy world, about an hour (MODEL=toy-naive)
-	@$(if $(filter .venv/%,$(PY)),$(PY) -m pip install -q matplotlib==3.11.2)
-	@$(PY) -m extras.report $(if $(MODEL),--model "$(MODEL)")
+report: data .venv/matplotlib  ## Table 1 and Figure 1 on the toy world, about an hour (MODEL=toy-naive)
+	@$(PY) -m extras.report $(call flag,MODEL,--model)
 
 ablations: data  ## one setting of SPO changed at a time, about 10 minutes
 	@$(PY) -m extras.report --ablations
 
 # The numbers of docs/performance.md; one thread, because shares of a core's peak are what compares
 bench: .venv/ready  ## speed against this machine's limits (MODEL=stories15M)
-	@$(PY) -m extras.bench $(if $(MODEL),--model "$(MODEL)") --threads 1 $(ARGS)
+	@$(PY) -m extras.bench $(call flag,MODEL,--model) --threads 1 $(ARGS)
 
-# out/ holds runs and data/ may hold verdicts that were paid for: both are removed only on request
-clean:  ## remove data/ and out/
-	rm -rf data out
+# Not data/, which may hold verdicts that were paid for: remove a folder of it by hand
+clean:  ## remove out/, the runs
+	rm -rf out
 
 # The environment, on first use
 .venv/ready: requirements.txt
 ifneq ($(filter .venv/%,$(PY)),)
 	python3 -m venv .venv
 	.venv/bin/python -m pip install -r requirements.txt
+	@touch $@
+endif
+
+.venv/matplotlib: .venv/ready
+ifneq ($(filter .venv/%,$(PY)),)
+	.venv/bin/python -m pip install matplotlib==3.11.2
 	@touch $@
 endif
 

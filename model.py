@@ -41,7 +41,7 @@ class ModelArgs:
     n_heads: int = 32
     n_kv_heads: int | None = None   # fewer than n_heads: grouped-query attention
     vocab_size: int = 32000
-    hidden_dim: int | None = None   # of the feed-forward; None: 8/3 dim, rounded up to a multiple of
+    hidden_dim: int | None = None   # of the feed-forward; None: 8/3 dim, rounded up to a multiple of multiple_of
     multiple_of: int = 256
     norm_eps: float = 1e-5
     max_seq_len: int = 2048
@@ -159,7 +159,7 @@ class Transformer(nn.Module):
         freqs_cis = precompute_freqs_cis(args.dim // args.n_heads, args.max_seq_len)
         self.register_buffer("freqs_cis", freqs_cis, persistent=False)
         for name, p in self.named_parameters():
-            if p.dim() > 1:
+            if p.dim() > 1:  # keeps the scale of activations; normal(0.02) is the embedding's usual one
                 nn.init.normal_(p, std=0.02 if name.startswith("tok_embeddings") else args.dim ** -0.5)
 
     def forward(self, tokens, cache=None):
@@ -196,7 +196,7 @@ def sample_token(logits, uniforms, temperature, top_k):
     """
     logits = upcast(logits)
     if not logits.amax(-1).isfinite().all():
-        raise UserError("the model has diverged, its logits are not finite: train with a lower --lr.")
+        raise UserError("the model has diverged: its logits are not finite. Train with a lower learning rate.")
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -221,6 +221,8 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, generat
     assert temperature >= 0, f"temperature is {temperature}, but must not be negative"
     assert top_k is None or top_k >= 1, f"top_k is {top_k}, but must be at least 1, or None for all tokens"
     B, P = prompt.shape
+    if hasattr(model, "args"):
+        assert P + max_new_tokens <= model.args.max_seq_len + 1, f"the model reads {model.args.max_seq_len} tokens"
     device = prompt.device if generator is None else generator.device
     uniforms = torch.rand(B, max_new_tokens, generator=generator, device=device).to(prompt.device)
     tokens = torch.cat((prompt, prompt.new_full((B, max_new_tokens), BOS)), 1)
@@ -248,8 +250,9 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, generat
 
 def load(path, device="cpu"):
     """The model in a .pt checkpoint of llama2.c's layout, or in its version-0 .bin."""
-    checkpoint = read_bin(path) if str(path).endswith(".bin") else load_checkpoint(path, device)
-    return build_model(checkpoint, path).to(device)
+    if str(path).endswith(".bin") and os.path.exists(path):
+        return build_model(read_bin(path), path).to(device)
+    return build_model(load_checkpoint(path, device), path).to(device)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -267,6 +270,9 @@ def load_checkpoint(path, device="cpu"):
     return checkpoint
 
 
+MAX_POSITIONS = 1 << 26  # max_seq_len times dim: a table of angles that a damaged file may not exceed
+
+
 def build_model(checkpoint, path):
     """The Transformer in a checkpoint read from path, checked: what this model cannot express is refused."""
     try:
@@ -278,17 +284,19 @@ def build_model(checkpoint, path):
         if not torch.equal(weights.setdefault("output.weight", embedding), embedding):
             raise ValueError("the output layer is not tied to the embedding")
         head_dim = args.dim // args.n_heads
-        if not (0 < args.max_seq_len * args.dim <= 1 << 26 and 0 < args.n_layers < len(weights)
-                and 0 < args.norm_eps < 1 and head_dim * args.n_heads == args.dim and head_dim % 2 == 0
-                and args.n_heads % (args.n_kv_heads or 1) == 0):
-            raise ValueError(f"{args}"[:100])
+        if head_dim * args.n_heads != args.dim or head_dim % 2 or args.n_heads % (args.n_kv_heads or 1):
+            raise ValueError(f"{args.dim} dimensions, {args.n_heads} heads, {args.n_kv_heads} of keys and values")
+        if not 0 < args.max_seq_len * args.dim <= MAX_POSITIONS or not 0 < args.n_layers < len(weights):
+            raise ValueError(f"{args.n_layers} layers, {args.max_seq_len} positions")
+        if not 0 < args.norm_eps < 1:
+            raise ValueError(f"norm_eps {args.norm_eps}")
         with torch.device("meta"):  # whatever sizes the file claims, only what it holds is allocated
             model = Transformer(args)
         model.load_state_dict({name: w.contiguous() for name, w in weights.items()}, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, ArithmeticError, AttributeError, AssertionError) as e:
         reason = " ".join(str(e).split())[:120]
         raise UserError(f"{path}: its weights or model_args are not those of this Llama ({reason}).") from None
-    model.output.weight = model.tok_embeddings.weight
+    model.output.weight = model.tok_embeddings.weight  # two tensors after load_state_dict(assign=True)
     model.freqs_cis = precompute_freqs_cis(head_dim, args.max_seq_len)
     return model
 

@@ -117,17 +117,20 @@ def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta):
 
 
 def ipo_loss(logp_w, logp_l, ref_w, ref_l, beta):
-    """IPO, Eq. 17 of reference [13], whose tau is beta here: (log-ratio difference - 1/(2 beta))^2 -> (B,)."""
+    """IPO (arXiv 2310.12036), its Eq. 17 with beta for tau: (log-ratio difference - 1/(2 beta))^2 -> (B,)."""
     return ((logp_w - ref_w) - (logp_l - ref_l) - 1 / (2 * beta)) ** 2
 
 
 def slic_loss(logp_w, logp_l, delta):
-    """SLiC-HF's calibration loss, Eq. 1 of reference [22]: max(0, delta - logp_w + logp_l) -> (B,)."""
+    """SLiC-HF's calibration loss (arXiv 2305.10425), its Eq. 1: max(0, delta - logp_w + logp_l) -> (B,)."""
     return (delta - logp_w + logp_l).clamp(min=0)
 
 
 def preference_loss(args, logp, ref_logp, mu):
-    """PreferenceLoss of Eq. 1, per row -> (B,). logp, ref_logp (B, n): log pi of n responses, best first; mu (B,)."""
+    """
+    PreferenceLoss of Eq. 1, per row -> (B,). logp, ref_logp (B, n): log pi of n responses, best first. mu (B,): the
+    weight of pairs; for best_of_n and ranked, training uses mu = 1.
+    """
     logp_w, logp_l, ref_w, ref_l = logp[:, 0], logp[:, 1], ref_logp[:, 0], ref_logp[:, 1]
     if args.algo == "spo":
         return spo_loss(logp_w, logp_l, args.alpha, mu)
@@ -164,9 +167,9 @@ def token_kl(logits, ref_logits, mask):
 
 def rollout_kl(policy, ref, y, ref_hidden):
     """token_kl of the rollouts y (R, T) without ever holding (R, T, V) logits -> (R,)."""
-    def kl(hidden, ref_hidden):                                                     # (M, dim), (M, dim) -> (M,)
+    def kl_at(hidden, ref_hidden):                                                  # (M, dim), (M, dim) -> (M,)
         return kl_per_token(policy.output(hidden), ref.output(ref_hidden))
-    return sum_over_tokens(kl, response_mask(y)[:, 1:].bool(), policy.hidden(y[:, :-1]), ref_hidden)
+    return sum_over_tokens(kl_at, response_mask(y)[:, 1:].bool(), policy.hidden(y[:, :-1]), ref_hidden)
 
 
 @torch.no_grad()
@@ -187,7 +190,7 @@ def with_reference(ref, rollouts, micro_batch_size):
 # Data. A file holds tokens (N, n, T), uint16: n responses per row, best first. Every random draw has a generator of
 # its own, seeded by what it is for and when, so that a resumed run draws what it would have drawn.
 
-BATCH, SLIC_BATCH, ROLLOUT, EVAL, SHOW = range(5)
+BATCH, SLIC_BATCH, ROLLOUT, EVAL, SHOW = range(5)  # purposes; extras/judge.py draws for the last two
 
 
 def rng(*key):
@@ -201,23 +204,30 @@ def load_responses(path, model_args, min_rows=1, num_responses=None):
     import numpy as np  # here, because the losses need nothing but torch
     try:
         data = np.load(path)
+        if data.dtype != np.uint16 or data.ndim != 3 or data.size == 0:
+            raise ValueError(f"it holds {data.dtype} {data.shape}, not uint16 (rows, responses, tokens)")
         N, n, T = data.shape
-        assert data.dtype == np.uint16 and N > 0
     except Exception as e:  # a damaged file can fail in any way
         reason = " ".join(str(e).split())[:80]
         raise UserError(f"{path} cannot be read as a token file ({reason}): `make data` creates it.") from None
-    if N < min_rows or n != (num_responses or max(n, 2)):
-        raise UserError(f"{path} has {N} rows of {n} responses: this run needs {min_rows} rows (--batch_size) of "
-                        f"{num_responses or 'two or more'} responses.")
+    if N < min_rows:
+        raise UserError(f"{path} has {N} rows, fewer than --batch_size {min_rows}.")
+    if n < 2 if num_responses is None else n != num_responses:
+        raise UserError(f"{path} has rows of {n} responses, not of {num_responses or 'two or more'}.")
     if not 2 <= T <= model_args.max_seq_len + 1 or data.max() >= model_args.vocab_size or (data[..., 0] != BOS).any():
         raise UserError(f"{path} holds tokens or lengths that this model does not have: create it for this model.")
     return data
 
 
+def epoch_batches(num_rows, batch_size, seed, purpose, epoch):
+    """The rows in a new order for every epoch, in batches; the last one can be smaller."""
+    return torch.randperm(num_rows, generator=rng(seed, purpose, epoch)).split(batch_size)
+
+
 def batch_indices(num_rows, batch_size, seed, purpose, step):
-    """The rows in this step's batch: a new permutation every epoch, the last partial batch dropped."""
+    """The rows in this step's batch. The smaller batch at the end of an epoch is left out."""
     epoch, i = divmod(step, num_rows // batch_size)
-    return torch.randperm(num_rows, generator=rng(seed, purpose, epoch))[i * batch_size:(i + 1) * batch_size]
+    return epoch_batches(num_rows, batch_size, seed, purpose, epoch)[i]
 
 
 def micro_batches(data, rows, micro_batch_size, device):
@@ -258,9 +268,15 @@ def get_lr(step, args):
     return args.lr * min(1.0, (step + 1) / max(1, args.warmup))
 
 
+METRICS = ("loss", "pref", "margin", "accuracy", "chosen", "rejected", "tokens", "reg", "grad_norm", "seconds")
+
+
 def batch_metrics(pref, logp, mask, batch_size):
-    """A micro-batch's share of: preference loss, margin, accuracy, log pi of best and second best, tokens -> (6,)."""
-    chosen, rejected = logp[:, 0], logp[:, 1:].amax(1)
+    """
+    A micro-batch's share of METRICS' pref to tokens -> (6,). chosen: log pi of the best response; rejected: of the
+    others' most probable one; margin: their difference; accuracy: the share of rows where it is positive.
+    """
+    chosen, rejected = logp[:, 0], logp[:, 1:].amax(1)                              # (b,)
     margin = chosen - rejected
     means = [x.sum() / batch_size for x in (margin, (margin > 0).float(), chosen, rejected)]
     return torch.stack((pref.detach(), *means, mask.sum()))
@@ -274,20 +290,19 @@ def train(args, evaluate=None, generate=generate, stop=None):
     policy, ref = load(args.init, args.device), load(args.init, args.device).requires_grad_(False)
     data, ref_samples = load_data(args, policy.args)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    use_kl = args.algo in ("spo", "best_of_n", "ranked") and args.beta > 0
-    start_step, best_win_rate, skipped, in_a_row = 0, -1.0, 0, 0
-    history, rollouts, rollout_batches = [], None, []
     open_folder(args)
+    state = dict(step=0, rollouts=None, history=[], best_win_rate=-1.0, skipped=0)
     if args.resume:
-        checkpoint = load_run(args, policy, optimizer)
-        start_step, best_win_rate, skipped = (checkpoint[name] for name in ("step", "best_win_rate", "skipped"))
-        history, rollouts = checkpoint["history"], checkpoint["rollouts"]
-
+        state = load_run(args, policy, optimizer)
+    start_step, rollouts, history = state["step"], state["rollouts"], state["history"]
+    best_win_rate, skipped, in_a_row, rollout_batches = state["best_win_rate"], state["skipped"], 0, []
+    use_kl = args.algo in ("spo", "best_of_n", "ranked") and args.beta > 0
+    mu = torch.ones(len(data), device=args.device)
     # DPO and IPO compare with log pi_ref of the data, which never changes. It is read in the batches of the first
-    # epoch, so that policy and reference agree to the last bit at step 0.
-    first_epoch = torch.randperm(len(data), generator=rng(args.seed, BATCH, 0)).split(args.batch_size)
+    # epoch: the same shapes round alike, so that policy and reference agree to the last bit at step 0.
+    batches = epoch_batches(len(data), args.batch_size, args.seed, BATCH, 0) if args.algo in ("dpo", "ipo") else []
     with autocast(args):
-        ref_logp = dataset_logp(ref, data, first_epoch if args.algo in ("dpo", "ipo") else [], args.micro_batch_size)
+        ref_logp = dataset_logp(ref, data, batches, args.micro_batch_size)          # (N, n), 0 if not read
 
     print("".join(name.rjust(width) for name, width in COLUMNS.items()))
     for step in range(start_step, args.steps + 1):
@@ -302,6 +317,8 @@ def train(args, evaluate=None, generate=generate, stop=None):
                     best_win_rate = results["win_rate"]
                     save(policy, f"{args.out}/best.pt")
                 log(args, step=step, **results)
+        if stopped:
+            print(f"stopped at step {step}, saved in {args.out}: continue with --resume (make: RESUME=1)")
         if stopped or step == args.steps:
             break
         step_time, lr = time.perf_counter(), get_lr(step, args)
@@ -310,7 +327,7 @@ def train(args, evaluate=None, generate=generate, stop=None):
         # 1. every k steps, R fresh rollouts from the current policy; the reference reads them once (Appendix D)
         if use_kl and (step % args.rollout_every == 0 or step == start_step):
             with autocast(args):
-                if step % args.rollout_every == 0:
+                if step % args.rollout_every == 0:  # else resumed, with the rollouts of the checkpoint
                     generator = rng(args.seed, ROLLOUT, step)
                     rollouts = sample(policy, args.num_rollouts, args.max_new_tokens, generator, generate)  # (R, T)
                 rollout_batches = with_reference(ref, rollouts, args.micro_batch_size)
@@ -318,7 +335,6 @@ def train(args, evaluate=None, generate=generate, stop=None):
         # 2. the preference loss, on a batch of the data
         optimizer.zero_grad()
         batch = batch_indices(len(data), args.batch_size, args.seed, BATCH, step)
-        mu = torch.ones(len(data), device=args.device)
         if args.algo == "spo" and args.gamma > 0:  # Section 4; mu has mean 1 over the batch, so all is read first
             with autocast(args):
                 logp_w, logp_l = dataset_logp(policy, data, [batch], args.micro_batch_size)[batch].T
@@ -349,7 +365,7 @@ def train(args, evaluate=None, generate=generate, stop=None):
 
         # 4. AdamW on the gradient, clipped at norm 1; a step that is not finite is skipped
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        loss = metrics[:1] + args.beta * reg
+        loss = metrics[:1] + args.beta * reg  # reg is 0 for DPO and IPO
         if (grad_norm + loss).isfinite():
             optimizer.step()
             in_a_row = 0
@@ -399,6 +415,11 @@ def open_folder(args):
     for name in os.listdir(args.out):
         if name.endswith(".part"):  # of a run that was killed while it saved
             os.remove(f"{args.out}/{name}")
+    if not args.resume:
+        write_settings(args)
+
+
+def write_settings(args):
     with atomic_write(f"{args.out}/settings.json") as f:
         f.write(json.dumps(vars(args), indent=1).encode())
 
@@ -422,12 +443,13 @@ def load_run(args, policy, optimizer):
             raise UserError(f"{args.out} is at step {checkpoint['step']} already: give --steps that many or more.")
         policy.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        assert all(row.shape == (10,) for row in checkpoint["history"]), "history"
+        assert all(row.shape == (len(METRICS),) for row in checkpoint["history"]), "history"
         assert checkpoint["rollouts"] is None or checkpoint["rollouts"].max() < policy.args.vocab_size, "rollouts"
         cut_log(f"{args.out}/log.jsonl", checkpoint["step"])
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as e:
         raise UserError(f"{args.out} is not what a run from {args.init} leaves, in ckpt.pt or log.jsonl: "
                         f"{' '.join(str(e).split())[:80]}.") from None
+    write_settings(args)
     return checkpoint
 
 
@@ -460,8 +482,7 @@ def log(args, **record):
 
 def log_training(args, step, history, lr, skipped):
     """Logs the mean of the steps in history."""
-    names = ("loss", "pref", "margin", "accuracy", "chosen", "rejected", "tokens", "reg", "grad_norm", "seconds")
-    record = dict(zip(names, torch.stack(history).mean(0).tolist()))
+    record = dict(zip(METRICS, torch.stack(history).mean(0).tolist()))
     tokens, seconds = record.pop("tokens"), record.pop("seconds")
     eta = str(datetime.timedelta(seconds=int(seconds * (args.steps - step))))
     log(args, step=step, **record, lr=lr, ms=1e3 * seconds, tokens_per_s=tokens / seconds, skipped=skipped, eta=eta)
@@ -532,9 +553,12 @@ def get_args(argv=None):
     g.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
                    help="where to compute")
     g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
-    g.add_argument("--fast_sampling", action="store_true", help="compiled rollouts (extras/fast_generate.py)")
+    g.add_argument("--fast_sampling", action="store_true", help="compiled sampling (extras/fast_generate.py)")
     g.add_argument("--resume", action="store_true", help="continue from <out>/ckpt.pt")
-    p.set_defaults(**{name: x for name, x in MODELS[model].items() if name in ALGOS[algo] or name not in HELP})
+    defaults = dict(MODELS[model])
+    if "num_rollouts" not in ALGOS[algo]:
+        defaults.pop("num_rollouts", None)  # a model's default for a flag that this algorithm does not have
+    p.set_defaults(**defaults)
     args = p.parse_args(argv)
     for name, x in vars(args).items():
         low = 1 if name in AT_LEAST_1 else 0
@@ -559,7 +583,7 @@ def stop_on_signal():
         stop.set()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.write(1, b"finishing this step; press Ctrl-C again to stop at once\n")  # print is not safe in a handler
+        os.write(1, b"finishing this step or evaluation; Ctrl-C again stops at once\n")  # print is not safe here
 
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
@@ -578,7 +602,6 @@ def main(argv=None):
     stop = stop_on_signal()
     train(args, evaluate, sampler, stop)
     if stop.is_set():
-        print(f"stopped, and saved in {args.out}: continue with --resume (make: RESUME=1)")
         sys.exit(130)
 
 

@@ -55,7 +55,7 @@ COMMANDS = sorted({line.partition("#")[0].replace("...", "").strip() for page in
                    for line in re.findall(r"^(?:\$ )?make [a-z]+.*$|(?<=`)make [a-z][^`\n]*(?=`)", read(page), re.M)})
 PROGRAMS = dict(train="spo.py", data="prepare_data.py", theory="test_spo.py", test="-m pytest", sample="model.py",
                 evaluate="-m extras.judge", report="-m extras.report", ablations="-m extras.report --ablations",
-                plot="-m extras.report --plot", bench="-m extras.bench", clean="rm -rf data out")
+                plot="-m extras.report --plot", bench="-m extras.bench", clean="rm -rf out")
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -98,6 +98,6 @@ def test_a_setting_that_is_not_read_is_an_error(settings, words):
 def test_make_passes_on_what_is_given_and_nothing_else():
     assert "--" not in make("-n", "train", "RESUME=0", ALGO="dpo", STEPS="3").stdout.splitlines()[-1]
     given = make("-n", "train", "RESUME=1", "OUT=my out").stdout
-    assert "--resume" in given and '--out "my out"' in given
+    assert "--resume" in given and "--out 'my out'" in given
     targets = re.findall(r"^make (\w+)", make().stdout, re.M)
     assert set(targets) == {*PROGRAMS, "help"}
