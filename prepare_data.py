@@ -16,13 +16,12 @@ import math
 import os
 import random
 import sys
-import textwrap
 
 import numpy as np
 import torch
 
 from extras import toyworld
-from extras.data_folder import DataFolder
+from extras.data_folder import open_folder
 from extras.download import download_verified, full_url
 from extras.llm_judge import get_endpoint
 from extras.make_pairs import make_pairs
@@ -41,7 +40,7 @@ SOURCE_FILES = (*PAIR_FILES, "ranked.npy", "heldout_ranked.npy", "best.npy", "he
 
 def pad(rows, width):
     """rows: N lists of n responses, each a list of tokens -> (N, n, width): BOS, the response, BOS to the end."""
-    tokens = np.full((len(rows), len(rows[0]), width), BOS, np.uint16)
+    tokens = np.full((len(rows), max(map(len, rows), default=0), width), BOS, np.uint16)
     for i, responses in enumerate(rows):
         for j, response in enumerate(responses):
             tokens[i, j, 1:1 + len(response)] = response[:width - 1]
@@ -177,38 +176,28 @@ def is_held_out(row):
 def save_preferences(folder, name, rows):
     """
     rows: N lists of n responses, each a list of tokens, best first -> <name>.npy and heldout_<name>.npy. Responses are
-    cut at max_new_tokens; rows that hold a response twice, and rows that are there twice, are left out.
+    cut at max_new_tokens; then rows that hold a response twice and duplicate rows are left out.
     """
     limit = MODELS[folder.settings["model"]]["max_new_tokens"]
     num_cut = sum(len(response) >= limit for responses in rows for response in responses)
-    identical, identical_once_cut, kept = 0, 0, {}
-    for responses, row in zip(rows, pad(rows, limit + 1)):
-        if len({tuple(response) for response in responses}) < len(responses):
+    identical, kept = 0, {}
+    for row in pad(rows, limit + 1):
+        if len({response.tobytes() for response in row}) < len(row):
             identical += 1
-        elif len({response.tobytes() for response in row}) < len(responses):
-            identical_once_cut += 1
         else:
             kept[row.tobytes()] = row
-    duplicates = len(rows) - identical - identical_once_cut - len(kept)
-    left_out = (f"{identical} have a response twice, {identical_once_cut} only because it is cut at {limit} tokens, "
-                f"{duplicates} are duplicates")
-    print(textwrap.fill(f"{name}: {len(rows)} rows, {num_cut} responses without an end in {limit} tokens. Left out: "
-                        f"{left_out}.", 80))
+    left_out = f"{identical} have a response twice, {len(rows) - identical - len(kept)} are duplicates"
+    print(f"{name}: {len(rows)} rows, {num_cut} responses without an end in {limit} tokens\n  left out: {left_out}")
     if len(kept) < 2:
-        raise UserError(f"only {len(kept)} of {len(rows)} rows are left for {folder.path}/{name}.npy ({left_out}): give "
-                        "more preferences.")
+        raise UserError(f"only {len(kept)} of {len(rows)} rows are left for {folder.path}/{name}.npy ({left_out}): "
+                        "give more preferences, or with --source made more --num_pairs in another --data.")
     kept = np.array(list(kept.values()))                                            # (N, n, T)
     held_out = np.array([is_held_out(row) for row in kept])
     if not held_out.any():
         held_out[-1] = True
-    elif held_out.all():
-        held_out[0] = False
-    best, last = (kept[:, 0] != BOS).sum(1), (kept[:, -1] != BOS).sum(1)            # lengths
-    print(f"{(~held_out).sum()} rows to train on, {held_out.sum()} held out. Mean length: best {best.mean():.0f}, last "
-          f"{last.mean():.0f}.\nThe best is longer in {(best > last).mean():.0%}.")
-    for file, tokens in ((f"{name}.npy", kept[~held_out]), (f"heldout_{name}.npy", kept[held_out])):
-        if not folder.has(file):
-            folder.save_tokens(file, tokens)
+    print(f"  {(~held_out).sum()} rows to train on, {held_out.sum()} held out")
+    folder.save_tokens(f"{name}.npy", kept[~held_out])
+    folder.save_tokens(f"heldout_{name}.npy", kept[held_out])
 
 
 def save_reward_model(folder):
@@ -216,9 +205,8 @@ def save_reward_model(folder):
     settings, defaults = folder.settings, MODELS[folder.settings["model"]]
     pairs, heldout_pairs = (np.load(f"{folder.path}/{name}") for name in PAIR_FILES)
     with folder.new_file("reward.pt") as path:
-        model = fit_reward_model(f"{folder.path}/sft.pt", pairs, heldout_pairs, settings["reward_steps"],
-                                 defaults["lr"], defaults["micro_batch_size"], settings["seed"], DEVICE)
-        save(model, path)
+        save(fit_reward_model(f"{folder.path}/sft.pt", pairs, heldout_pairs, settings["reward_steps"], defaults["lr"],
+                              defaults["micro_batch_size"], settings["seed"], DEVICE), path)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -264,11 +252,49 @@ def get_settings(args, folder):
         defaults.update(num_pairs=4000)
     if source == "made":
         defaults.update(judge=args.model if toy else "llm")
-    given = {name: value for name, value in vars(args).items() if name not in ("data", "tokenizer")}
-    for name, value in given.items():
-        if value is not None and name not in defaults:
+    elsewhere = ("data", "tokenizer") if toy else ("data",)  # not settings of the folder
+    given = {name: value for name, value in vars(args).items() if value is not None and name not in elsewhere}
+    for name in given:
+        if name not in defaults:
             raise UserError(f"--{name} is not read by {args.model} with source {source}: leave it out.")
     folder.merge_settings(given, defaults)
+
+
+def prepare(folder, tokenizer_path):
+    """Makes the files that folder lacks."""
+    settings, source, model = folder.settings, folder.settings["source"], folder.settings["model"]
+    # First all that can be wrong with what the user gave, before any work
+    names, published = TOY_FILES, {}
+    if model in PUBLISHED:
+        names = CHECKPOINT_FILES
+        published = {name: sha256 for name, (*_, sha256) in zip(names, PUBLISHED[model])}
+    else:
+        tokenizer = load_tokenizer(tokenizer_path, TOY_MODEL["vocab_size"])
+        folder.check_input("tokenizer", file_hash(tokenizer_path))
+        folder.check_input("extras/toyworld.py", file_hash(toyworld.__file__))
+    folder.check_files(names + (SOURCE_FILES if source else ()), published)
+    make_pairs_now = source == "made" and not folder.has("made.jsonl", *PAIR_FILES)
+    if make_pairs_now and settings["judge"] == "llm":
+        get_endpoint()
+    preferences = read_preferences(folder)
+
+    if model in PUBLISHED:
+        download_checkpoint(folder)
+        sft = load(f"{folder.path}/sft.pt")
+        tokenizer = load_tokenizer(f"{folder.path}/tokenizer.model", sft.args.vocab_size)
+    for name, rows in preferences.items():
+        save_preferences(folder, name, [tokenizer.encode(responses) for responses in rows])
+    if model in toyworld.TASTES:
+        prepare_toy(folder, tokenizer)
+    if source is not None and not folder.has("ref.npy"):
+        folder.save_tokens("ref.npy", sample_rows(folder, settings["num_ref"], 1, REF))
+    if make_pairs_now:
+        if not folder.has("made.npy"):
+            folder.save_tokens("made.npy", sample_rows(folder, settings["num_pairs"], 2, MADE))
+        save_preferences(folder, "pairs", make_pairs(folder, tokenizer))
+    if settings.get("reward_steps") and not folder.has("reward.pt"):
+        save_reward_model(folder)
+    folder.save()
 
 
 def main(argv=None):
@@ -277,46 +303,9 @@ def main(argv=None):
         if any(value is not None for name, value in vars(args).items() if name not in ("model", "tokenizer")):
             raise UserError("the tokenizer has no other setting than --tokenizer, the file to create.")
         return train_tokenizer(args.tokenizer or "tokenizer.model")
-    folder = DataFolder(args.data or f"data/{args.model}")
-    get_settings(args, folder)
-    settings, source = folder.settings, folder.settings["source"]
-
-    # First all that can be wrong with what the user gave, before any work
-    if args.model in PUBLISHED:
-        if args.tokenizer is not None:
-            raise UserError(f"--tokenizer is not read by {args.model}, which has its own: leave it out.")
-        names = CHECKPOINT_FILES
-        published = {name: sha256 for name, (*_, sha256) in zip(names, PUBLISHED[args.model])}
-    else:
-        names, published = TOY_FILES, {}
-        tokenizer_path = args.tokenizer or "tokenizer.model"
-        tokenizer = load_tokenizer(tokenizer_path, TOY_MODEL["vocab_size"])
-        folder.add_input("tokenizer", file_hash(tokenizer_path))
-        folder.add_input("extras/toyworld.py", file_hash(toyworld.__file__))
-    folder.check_files(names + (SOURCE_FILES if source else ()), published)
-    make_pairs_now = source == "made" and not folder.has("made.jsonl", *PAIR_FILES)
-    if make_pairs_now and settings["judge"] == "llm":
-        get_endpoint()
-    preferences = read_preferences(folder)
-
-    with folder.lock():
-        if args.model in PUBLISHED:
-            download_checkpoint(folder)
-            sft = load(f"{folder.path}/sft.pt")
-            tokenizer = load_tokenizer(f"{folder.path}/tokenizer.model", sft.args.vocab_size)
-        for name, rows in preferences.items():
-            save_preferences(folder, name, [tokenizer.encode(responses) for responses in rows])
-        if args.model in toyworld.TASTES:
-            prepare_toy(folder, tokenizer)
-        if source is not None and not folder.has("ref.npy"):
-            folder.save_tokens("ref.npy", sample_rows(folder, settings["num_ref"], 1, REF))
-        if make_pairs_now:
-            if not folder.has("made.npy"):
-                folder.save_tokens("made.npy", sample_rows(folder, settings["num_pairs"], 2, MADE))
-            save_preferences(folder, "pairs", make_pairs(folder, tokenizer))
-        if settings["reward_steps"] and not folder.has("reward.pt"):
-            save_reward_model(folder)
-        folder.save()
+    with open_folder(args.data or f"data/{args.model}") as folder:
+        get_settings(args, folder)
+        prepare(folder, args.tokenizer or "tokenizer.model")
     print(f"{folder.path} is ready")
 
 

@@ -1,9 +1,6 @@
-"""
-Downloads that survive a cut and never leave a wrong file.
-"""
+"""Downloads that survive a cut and never leave a wrong file."""
 import os
-import time
-import urllib.error
+import shutil
 import urllib.request
 
 from extras.llm_judge import with_retries
@@ -12,9 +9,7 @@ from model import UserError, file_hash
 # environment variable -> the address it replaces: the usual variable for mirrors of the first, ours for the others
 ENDPOINTS = dict(HF_ENDPOINT="https://huggingface.co", LLAMA2C_ENDPOINT="https://raw.githubusercontent.com",
                  RELEASE_ENDPOINT="https://anonymous.4open.science")
-TIMEOUT = 60        # seconds of silence
-BLOCK = 1 << 18     # bytes per read
-MAX_UNKNOWN = 1 << 26  # bytes of a file whose size is not known
+TIMEOUT = 60  # seconds of silence
 
 
 def full_url(endpoint, path):
@@ -25,29 +20,22 @@ def full_url(endpoint, path):
     return f"{address}/{path}"
 
 
-def stream(url, f, limit):
+def stream(url, f):
     """
-    Writes the body of url to the open file f, after what an earlier attempt left in f if the server can continue. Stops
-    after limit bytes. Raises OSError where the connection is cut.
+    Writes the body of url to the open file f, after what an earlier attempt left in f if the server can continue.
+    Raises OSError where the connection is cut.
     """
-    start = f.seek(0, os.SEEK_END)
+    start = max(0, f.seek(0, os.SEEK_END) - 1)  # the last byte is asked for again: there is always one to send
     headers = {"User-Agent": "spo"}
     if start > 0:
         headers["Range"] = f"bytes={start}-"
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
-        if response.status != 206:
-            f.seek(0)
-            f.truncate()
-        total, shown = f.tell() + (response.length or 0), time.monotonic()
-        block = response.read(BLOCK)
-        while block and f.tell() <= limit:
-            f.write(block)
-            if time.monotonic() > shown + 10:
-                shown = time.monotonic()
-                print(f"{f.tell() >> 20} of {total >> 20} MiB", flush=True)
-            block = response.read(BLOCK)
-        if not block and response.length:
-            raise OSError(f"cut after {f.tell()} of {total} bytes")
+        f.seek(start if response.status == 206 else 0)
+        f.truncate()
+        print(f"{(response.length or 0) >> 20} MiB to download", flush=True)
+        shutil.copyfileobj(response, f)
+        if response.length:
+            raise OSError(f"cut after {f.tell()} bytes, {response.length} missing")
 
 
 def download_verified(url, size, sha256, path):
@@ -56,16 +44,9 @@ def download_verified(url, size, sha256, path):
     (None: not known) and sha256 are right; else deletes it and raises UserError.
     """
     part = f"{path}.part"
-
-    def attempt():
-        with open(part, "ab") as f:
-            try:
-                stream(url, f, size or MAX_UNKNOWN)
-            except urllib.error.HTTPError as error:
-                if error.code != 416:  # 416: the server has no more than is here, which is right or wrong
-                    raise
-
-    with_retries(url, attempt, {None: "try later, or name a mirror with " + " or ".join(ENDPOINTS)})
+    with open(part, "ab") as f:
+        with_retries(url, lambda: stream(url, f),
+                     {None: "try later, or name a mirror with " + " or ".join(ENDPOINTS)})
     length, digest = os.path.getsize(part), file_hash(part)
     if digest != sha256 or length != (size or length):
         os.remove(part)

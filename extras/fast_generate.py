@@ -104,5 +104,5 @@ def fast_generate(model, prompt, max_new_tokens, generator=None):
         if t % 16 == 0 and finished.all():  # not at every step, for it waits for the device
             break
     if not finite:
-        raise UserError("the model has diverged, its logits are not finite: train with a lower --lr.")
+        raise UserError("the model has diverged: its logits are not finite. Train with a lower learning rate.")
     return tokens

@@ -10,24 +10,13 @@ import numpy as np
 
 from extras import toyworld
 from extras.llm_judge import consistent_choice, judge_pairs
-from model import BOS, UserError, atomic_write
+from model import BOS, atomic_write
 
 
-def toy_verdict(story_1, story_2, taste):
-    """The toy world's expert as a judge -> (score of story 1, score of story 2, better story: 1 or 2)."""
-    score_1, score_2 = toyworld.score(story_1, taste), toyworld.score(story_2, taste)
-    return score_1, score_2, 1 if score_1 > score_2 else 2
-
-
-def get_verdicts(pairs, judge, path):
-    """
-    The verdicts of judge, "toy", "toy-naive" or "llm", on pairs [(story_1, story_2)] -> [(verdict, verdict on the
-    pair swapped)]; an invalid one is None. The llm's are kept in the file path, and not asked for again.
-    """
-    if judge == "llm":
-        return judge_pairs(pairs, path)
-    taste = toyworld.TASTES[judge]
-    return [(toy_verdict(a, b, taste), toy_verdict(b, a, taste)) for a, b in pairs]
+def toy_verdicts(pair, taste):
+    """The toy world's expert as a judge of two stories -> verdict, verdict on the pair swapped."""
+    a, b = (toyworld.score(story, taste) for story in pair)
+    return (a, b, 1 if a > b else 2), (b, a, 1 if b > a else 2)
 
 
 def apply_filter(verdict, swapped):
@@ -55,8 +44,11 @@ def make_pairs(folder, tokenizer):
     y = np.load(f"{folder.path}/made.npy").astype(int)
     texts = [tokenizer.decode(pair.tolist()) for pair in y]
     judge = folder.settings["judge"]
-    verdicts = get_verdicts(texts, judge, f"{folder.path}/verdicts.jsonl")
-    judge = os.environ["JUDGE_MODEL"].strip() if judge == "llm" else judge
+    if judge == "llm":
+        verdicts = judge_pairs(texts, f"{folder.path}/verdicts.jsonl")  # where they are kept, and not asked for again
+        judge = os.environ["JUDGE_MODEL"].strip()
+    else:
+        verdicts = [toy_verdicts(pair, toyworld.TASTES[judge]) for pair in texts]
     rows, records, counts = [], [], collections.Counter()
     for i, (verdict, swapped) in enumerate(verdicts):
         better = apply_filter(verdict, swapped)
@@ -66,14 +58,8 @@ def make_pairs(folder, tokenizer):
             rows.append([[token for token in y[i, k].tolist() if token != BOS] for k in (better, worse)])
             records.append(dict(prompt="", chosen=texts[i][better], rejected=texts[i][worse], pair=i, better=better,
                                 verdicts=[verdict, swapped], judge=judge))
-    print(f"{len(texts)} pairs judged by {judge} in both orders")
+    print(f"{len(texts)} pairs judged by {judge} in both orders: {len(rows)} kept")
     print(f"  {counts['inconsistent']} inconsistent, {counts['too close']} too close, {counts['invalid']} invalid")
-    print(f"  {len(rows)} kept; the first sample is the better one in {counts[0]}")
-    if not rows:
-        raise UserError(f"no pair is left for {folder.path}/pairs.npy: judge more pairs, in a folder of their own "
-                        "(--num_pairs, --data), or with another judge.")
-    if not folder.has("made.jsonl"):
-        with folder.new_file("made.jsonl") as path, atomic_write(path) as f:
-            for record in records:
-                f.write(json.dumps(record).encode() + b"\n")
+    with folder.new_file("made.jsonl") as path, atomic_write(path) as f:
+        f.write("".join(json.dumps(record) + "\n" for record in records).encode())
     return rows

@@ -1,7 +1,6 @@
 """
 Section 2's reward model: the Llama with one output, read at the end of a response, fitted to pairs by maximum
-likelihood under Bradley-Terry (Eq. 2). `python prepare_data.py MODEL --reward_steps N` calls it; rlhf.py and the
-judge "reward" read the result, reward.pt.
+likelihood under Bradley-Terry (Eq. 2). prepare_data.py saves it as reward.pt, which the judge "reward" reads.
 """
 import torch
 import torch.nn as nn
@@ -63,17 +62,16 @@ def fit_reward_model(init, pairs, heldout_pairs, steps, lr, micro_batch_size, se
         total = 0.0
         batch = batch_indices(len(pairs), batch_size, seed, BATCH, step)
         for _, y in micro_batches(pairs, batch, micro_batch_size, device):
-            r = reward_at_end(model, y, response_mask(y)).view(-1, 2)               # (b, 2)
-            r_w, r_l = r.unbind(1)
+            r = reward_at_end(model, y, response_mask(y))                           # (b * 2,)
+            r_w, r_l = r.view(-1, 2).unbind(1)
             loss = spo_loss(r_w, r_l, 1.0).sum() / batch_size                       # -log sigmoid(r_w - r_l)
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % 100 == 0:
             print(f"step {step + 1} of {steps}, loss {total:.3f}", flush=True)
     r_w, r_l = dataset_rewards(model, heldout_pairs, micro_batch_size, device).unbind(1)
     accuracy = (r_w > r_l).float().mean().item()
-    standard_error = (accuracy * (1 - accuracy) / len(r_w)) ** 0.5
-    print(f"accuracy on {len(r_w)} held-out pairs: {accuracy:.3f} +- {standard_error:.3f}", flush=True)
+    print(f"accuracy on {len(r_w)} held-out pairs: {accuracy:.3f}", flush=True)
     return model

@@ -29,38 +29,27 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def published(world, tmp_path, monkeypatch):
-    """
-    The toy model in the place of stories15M, in a folder where the user has put it -> the folder, and a function that
-    runs prepare_data.py on it with more flags.
-    """
+    """The toy model in place of stories15M, put there by the user -> the folder, and a function that prepares it."""
     data = tmp_path / "data"
     data.mkdir()
-    files = []
-    for name, source in (("sft.pt", f"{world}/sft.pt"), ("tokenizer.model", TOKENIZER)):
-        shutil.copy(source, data / name)
-        files.append(("HF_ENDPOINT", f"there/{name}", None, file_hash(source)))
-    defaults = {**spo.MODELS["stories15M"], "max_new_tokens": 100}
-    monkeypatch.setitem(prepare_data.PUBLISHED, "stories15M", files)
-    monkeypatch.setitem(spo.MODELS, "stories15M", defaults)
+    files = [shutil.copy(f"{world}/sft.pt", data), shutil.copy(TOKENIZER, data)]
+    downloads = [("HF_ENDPOINT", f"there/{os.path.basename(path)}", None, file_hash(path)) for path in files]
+    monkeypatch.setitem(prepare_data.PUBLISHED, "stories15M", downloads)
+    monkeypatch.setitem(spo.MODELS["stories15M"], "max_new_tokens", 100)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-
-    def run(*flags):
-        prepare_data.main(["stories15M", "--data", str(data), *flags])
-
-    return data, run
+    return data, lambda *flags: prepare_data.main(["stories15M", "--data", str(data), *flags])
 
 
 class MirrorHandler(http.server.BaseHTTPRequestHandler):
     """Answers with the next of server.replies (the last one again and again): status, body, bytes before a cut."""
 
     def do_GET(self):
-        replies, asked_range = self.server.replies, self.headers.get("Range")
-        self.server.asked.append((self.path, asked_range))
+        replies, start = self.server.replies, int(self.headers.get("Range", "bytes=0-")[6:-1])
+        self.server.asked.append((self.path, start))
         status, body, cut = replies.pop(0) if len(replies) > 1 else replies[0]
-        if status == 200 and asked_range:
-            body = body[int(asked_range.removeprefix("bytes=").removesuffix("-")):]
-            status = 206 if body else 416
-        self.send_response(200 if status == "no ranges" else status)
+        if status == 206:
+            body = body[start:]
+        self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[:cut])
@@ -71,12 +60,11 @@ class MirrorHandler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def mirror(monkeypatch):
-    """A local server with .url, .replies to be set and .asked, (path, Range) of each request."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), MirrorHandler)
-    server.asked, server.replies, server.url = [], [], f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    """A local server with .url, .replies to be set and .asked, (path, first byte) of each request."""
     monkeypatch.setattr(llm_judge, "PAUSE", 0.01)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    yield server
-    server.shutdown()
-    server.server_close()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), MirrorHandler) as server:
+        server.asked, server.replies, server.url = [], [], f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()

@@ -53,7 +53,7 @@ def test_it_stops_where_all_rows_are_finished_and_where_it_cannot_sample(not_com
         assert len(steps) == expected and (samples[:, 1:] == BOS).all() == (expected == 1)
     model.norm.weight.data.fill_(3e38)
     for sampler in (generate, fast_generate):
-        with pytest.raises(UserError, match="the model has diverged, its logits are not finite"):
+        with pytest.raises(UserError, match="the model has diverged: its logits are not finite"):
             sampler(model, PROMPT, 9)
     monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
     with pytest.raises(UserError, match="/nowhere/Python.h does not exist"):

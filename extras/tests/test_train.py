@@ -212,7 +212,7 @@ def test_defaults_are_e2s_and_one_flag_belongs_to_one_algorithm(capsys):
     ("--algo dpo --alpha 0.1", "unrecognized arguments: --alpha 0.1"), ("--alpha -1", "alpha is -1"),
     ("--alpha nan", "alpha is nan"), ("--alpha inf", "alpha is inf"), ("--beta -0.1", "beta is -0.1"),
     ("--algo ipo --beta 0", "beta is 0"), ("--num_rollouts 0", "num_rollouts is 0"), ("--steps ten", "invalid int"),
-    ("--rollout_every 0", "rollout_every is 0"), ("--batch_size 100", "48 rows of 2 responses"), ("--device nowhere", "nowhere"),
+    ("--rollout_every 0", "rollout_every is 0"), ("--batch_size 100", "has 48 rows"), ("--device nowhere", "nowhere"),
     ("--max_new_tokens 129", "the model reads 128"), ("--init nowhere.pt", "nowhere.pt does not exist"),
     ("--data {tmp}/four", "rows of 4 responses"), ("--data {tmp}/long", "lengths that this model does not have"),
     ("--data nowhere", "nowhere/"), ("--tokenizer nowhere.model", "nowhere.model is missing"),
