@@ -87,6 +87,10 @@ plot: .venv/matplotlib  ## win rate and KL against steps as plot.png: RUNS="out/
 report: data .venv/matplotlib  ## Table 1 and Figure 1 on the toy world, about an hour (MODEL=toy-naive)
 	@$(PY) -m extras.report $(call flag,MODEL,--model)
 
+# The first comparison: both methods beyond their peaks, one seed
+compare: data .venv/matplotlib  ## SPO and DPO side by side: a table and out/compare/compare.png, 4 minutes
+	@$(PY) -m extras.report --compare
+
 ablations: data  ## one setting of SPO changed at a time, about 10 minutes
 	@$(PY) -m extras.report --ablations
 
@@ -112,4 +116,4 @@ ifneq ($(filter .venv/%,$(PY)),)
 	@touch $@
 endif
 
-.PHONY: help train data theory test sample evaluate plot report ablations bench clean
+.PHONY: help train data theory test sample evaluate plot report compare ablations bench clean

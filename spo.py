@@ -63,6 +63,7 @@ def seq_logp(model, tokens, mask):
     log pi(y | x) in nats -> (N,). tokens (N, T): prompt and response. mask (N, T): 1 on the tokens that count, those
     of the response and its end. model: a Transformer, or any function from tokens to logits.
     """
+    assert mask.shape == tokens.shape, f"mask {tuple(mask.shape)} is not that of tokens {tuple(tokens.shape)}"
     if hasattr(model, "hidden"):
         hidden, lm_head = model.hidden(tokens[:, :-1]), model.output                # (N, T-1, dim)
     else:
@@ -159,9 +160,11 @@ def kl_per_token(logits, ref_logits):
 def token_kl(logits, ref_logits, mask):
     """
     Appendix D: kl_per_token summed over the tokens of each sample -> (R,) nats. logits, ref_logits (R, T, V); mask
-    (R, T) is 1 where the next token counts. Its mean over fresh samples of pi_theta is an unbiased estimate of
-    D_KL(pi_theta || pi_ref). Its gradient is not: it leaves out how theta moves the prefixes.
+    (R, T) is 1 where the next token counts: with tokens and their mask as in seq_logp, logits of tokens[:, :-1] go
+    with mask[:, 1:]. The mean over fresh samples of pi_theta is an unbiased estimate of D_KL(pi_theta || pi_ref). Its
+    gradient is not: it leaves out how theta moves the prefixes.
     """
+    assert mask.shape == logits.shape[:2], f"mask {tuple(mask.shape)} is not that of logits {tuple(logits.shape)}"
     return (kl_per_token(logits, ref_logits) * mask).sum(1)
 
 
@@ -209,7 +212,8 @@ def load_responses(path, model_args, min_rows=1, num_responses=None):
         N, n, T = data.shape
     except Exception as e:  # a damaged file can fail in any way
         reason = " ".join(str(e).split())[:80]
-        raise UserError(f"{path} cannot be read as a token file ({reason}): `make data` creates it.") from None
+        raise UserError(f"{path} cannot be read as a token file ({reason}): `make data` creates it, for a "
+                        "published model with MODEL= and SOURCE=.") from None
     if N < min_rows:
         raise UserError(f"{path} has {N} rows, fewer than --batch_size {min_rows}.")
     if n < 2 if num_responses is None else n != num_responses:
@@ -404,7 +408,7 @@ def open_folder(args):
     """Creates args.out, which must not hold a run unless it is to be resumed."""
     used = [name for name in ("ckpt.pt", "best.pt", "log.jsonl") if os.path.exists(f"{args.out}/{name}")]
     if used and not args.resume:
-        raise UserError(f"{args.out} holds an earlier run ({', '.join(used)}): continue it with --resume (make: "
+        raise UserError(f"{args.out} holds an earlier run, {differences(args)}: continue it with --resume (make: "
                         "RESUME=1), or name another folder with --out (OUT=).")
     if args.resume and "ckpt.pt" not in used:
         raise UserError(f"{args.out} has no ckpt.pt, so there is nothing to resume: leave out --resume.")
@@ -417,6 +421,18 @@ def open_folder(args):
             os.remove(f"{args.out}/{name}")
     if not args.resume:
         write_settings(args)
+
+
+def differences(args):
+    """What distinguishes these settings from those of the run in args.out, for a message."""
+    try:
+        with open(f"{args.out}/settings.json") as f:
+            earlier = json.load(f)
+        changed = [f"{name} {x} instead of {earlier.get(name)}" for name, x in vars(args).items()
+                   if x != earlier.get(name) and name != "hashes"]
+    except (OSError, ValueError, AttributeError):
+        return "of unknown settings"
+    return f"now with {', '.join(changed)}" if changed else "of the same settings"
 
 
 def write_settings(args):
@@ -470,7 +486,7 @@ COLUMNS = {"step": 6, "loss": 9, "reg": 8, "margin": 9, "accuracy": 10, "chosen"
 def log(args, **record):
     """Appends a record to log.jsonl, so that it is on the disk before the next checkpoint, and shows it."""
     with open(f"{args.out}/log.jsonl", "a") as f:
-        f.write(json.dumps(record) + "\n")
+        f.write(json.dumps({**record, "time": round(time.time(), 1)}) + "\n")
         f.flush()
         os.fsync(f.fileno())
     cells = {name: f"{x:.3f}" if isinstance(x, float) else str(x) for name, x in record.items()}
@@ -483,21 +499,23 @@ def log(args, **record):
 def log_training(args, step, history, lr, skipped):
     """Logs the mean of the steps in history."""
     record = dict(zip(METRICS, torch.stack(history).mean(0).tolist()))
-    tokens, seconds = record.pop("tokens"), record.pop("seconds")
-    eta = str(datetime.timedelta(seconds=int(seconds * (args.steps - step))))
-    log(args, step=step, **record, lr=lr, ms=1e3 * seconds, tokens_per_s=tokens / seconds, skipped=skipped, eta=eta)
+    seconds = record.pop("seconds")
+    record |= dict(lr=lr, skipped=skipped, ms=1e3 * seconds, tokens_per_s=record["tokens"] / seconds)
+    if args.device == "cuda":
+        record["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
+    log(args, step=step, **record, eta=str(datetime.timedelta(seconds=int(seconds * (args.steps - step)))))
 
 
 # ---------------------------------------------------------------------------------------------------
 # Command line
 
-# What each algorithm reads, with defaults measured on the toy world; a flag that it does not read is an error. The
-# paper sweeps alpha, beta and delta (E.2) and does not say which won; it has 32 rollouts every 8 steps.
+# What each algorithm reads, with its defaults; a flag that it does not read is an error. Rollouts are E.2's. The paper
+# sweeps alpha, beta and delta and does not say which won: these were measured on the toy world, with few trials.
 ALGOS = {
-    "spo": dict(alpha=0.01, beta=0.05, gamma=0.0, num_rollouts=8, rollout_every=8),
-    "best_of_n": dict(alpha=0.01, beta=0.1, num_rollouts=8, rollout_every=8),
-    "ranked": dict(alpha=0.01, beta=0.1, num_rollouts=8, rollout_every=8),
-    "dpo": dict(beta=0.1),
+    "spo": dict(alpha=0.01, beta=0.05, gamma=0.0, num_rollouts=32, rollout_every=8),
+    "best_of_n": dict(alpha=0.01, beta=0.1, num_rollouts=32, rollout_every=8),
+    "ranked": dict(alpha=0.01, beta=0.1, num_rollouts=32, rollout_every=8),
+    "dpo": dict(beta=0.3),
     "ipo": dict(beta=0.03),
     "slic": dict(beta=0.1, delta=10.0),
 }
@@ -505,10 +523,10 @@ HELP = dict(alpha="softness: the fixed point is softmax(r / alpha)", gamma="expo
             beta="weight of the regularizer; for dpo its own beta, for ipo its tau", delta="SLiC-HF's margin",
             num_rollouts="samples per rollout, R", rollout_every="steps between rollouts, Appendix D's k")
 # Per model. PAPER is E.2's, but for lr, which the paper does not give: a guess, not measured.
-TOY = dict(batch_size=16, micro_batch_size=64, lr=2e-4, warmup=50, steps=500, max_new_tokens=100, eval_every=50,
+TOY = dict(batch_size=16, micro_batch_size=64, lr=4e-4, warmup=50, steps=300, max_new_tokens=100, eval_every=50,
            num_eval_samples=256, judge="toy")
 PAPER = dict(batch_size=128, micro_batch_size=32, lr=1e-5, warmup=5000, steps=40000, max_new_tokens=255,
-             eval_every=1000, num_eval_samples=1000, judge="reward", num_rollouts=32)
+             eval_every=1000, num_eval_samples=1000, judge="reward")
 MODELS = {"toy": TOY, "toy-naive": TOY | {"judge": "toy-naive"}, "stories260K": PAPER, "stories15M": PAPER,
           "stories42M": PAPER, "stories110M": PAPER}
 JUDGES = ("none", "toy", "toy-naive", "reward", "llm")
@@ -539,7 +557,7 @@ def get_args(argv=None):
     g.add_argument("--steps", type=int, help="training steps")
     g.add_argument("--max_new_tokens", type=int, help="longest sample, in tokens")
     g = p.add_argument_group("evaluation")
-    g.add_argument("--judge", choices=JUDGES, help="who compares samples with the reference's (docs/data.md)")
+    g.add_argument("--judge", choices=JUDGES, help="of win rates: the toy world's experts, <data>/reward.pt, or an endpoint")
     g.add_argument("--eval_every", type=int, help="steps between evaluations, and checkpoints")
     g.add_argument("--num_eval_samples", type=int, help="samples per evaluation")
     g.add_argument("--log_every", type=int, default=10, help="steps between training records")
@@ -555,10 +573,7 @@ def get_args(argv=None):
     g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
     g.add_argument("--fast_sampling", action="store_true", help="compiled sampling (extras/fast_generate.py)")
     g.add_argument("--resume", action="store_true", help="continue from <out>/ckpt.pt")
-    defaults = dict(MODELS[model])
-    if "num_rollouts" not in ALGOS[algo]:
-        defaults.pop("num_rollouts", None)  # a model's default for a flag that this algorithm does not have
-    p.set_defaults(**defaults)
+    p.set_defaults(**MODELS[model])
     args = p.parse_args(argv)
     for name, x in vars(args).items():
         low = 1 if name in AT_LEAST_1 else 0
@@ -601,6 +616,8 @@ def main(argv=None):
     print(textwrap.fill(" ".join(f"{name}={x}" for name, x in vars(args).items() if name != "hashes"), 80))
     stop = stop_on_signal()
     train(args, evaluate, sampler, stop)
+    if os.path.exists(f"{args.out}/best.pt"):
+        print(f"to read samples: make sample MODEL={args.model} CHECKPOINT={args.out}/best.pt N=3")
     if stop.is_set():
         sys.exit(130)
 

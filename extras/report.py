@@ -4,6 +4,7 @@ The paper's experiment on the toy world, and plots of any runs. Repeated after a
     python -m extras.report                     # Table 1 and Figure 1, in out/report/toy
     python -m extras.report --model toy-naive   # the same under the naive expert
     python -m extras.report --ablations         # one setting of SPO changed at a time, in out/report/ablations
+    python -m extras.report --compare           # SPO and DPO side by side, a few minutes, in out/compare
     python -m extras.report --plot out/A out/B --out plot.png
 """
 import argparse
@@ -24,18 +25,20 @@ from model import UserError, atomic_write, file_hash
 STEPS, OVERTRAIN = 300, 5
 TUNE_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
 GRID = {
-    "spo": [f"--algo spo --alpha {alpha} --beta 0.05 --lr {lr}" for alpha in (0.1, 0.3) for lr in ("4e-4", "6e-4")],
+    "spo": [f"--algo spo --alpha {alpha} --beta 0.05 --num_rollouts 8 --lr {lr}"
+            for alpha in (0.1, 0.3) for lr in ("4e-4", "6e-4")],
     "dpo": [f"--algo dpo --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in ("4e-4", "6e-4")],
     "ipo": [f"--algo ipo --beta {beta} --lr {lr}" for beta in (0.03, 0.1) for lr in ("4e-4", "6e-4")],
     "slic": [f"--algo slic --delta 10 --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in ("4e-4", "6e-4")],
 }
-SPO = "--algo spo --alpha 0.3 --beta 0.05 --lr 4e-4"  # what Table 1 tunes it to, and what ablations change
+SPO = "--algo spo --alpha 0.3 --beta 0.05 --num_rollouts 8 --lr 4e-4"  # Table 1's choice, which ablations change
 ABLATIONS = ["", "--beta 0", "--beta 0.01", "--beta 0.2", "--beta 1", "--beta 0.001 --alpha 0.01",
              "--beta 0.001 --alpha 0.1", "--beta 0.001 --alpha 1", "--algo dpo --beta 0.001 --lr 4e-4",
              "--gamma 0.03", "--gamma 0.1", "--gamma 0.3", "--gamma 1", "--rollout_every 1", "--rollout_every 32",
              "--num_rollouts 32", "--num_rollouts 128"]
 COLUMNS = {"step": 0, "win_rate": 3, "kl": 1, "entropy": 1, "length": 1}  # field of an evaluation -> digits
 LINE_STYLES = ("-", "--", "-.", ":")
+COMPARE, COMPARE_STEPS = ("--algo spo", "--algo dpo"), 1000  # with their defaults, long enough for DPO's fall
 KL_BANDS = (1, 2, 4, 6, 8, 10, 15, 25)  # where one band of KL ends and the next begins, nats per story
 
 
@@ -124,6 +127,25 @@ def ablations(folder):
     print(f"{folder}/table.md is written")
 
 
+def compare(folder):
+    """Trains SPO and DPO with their defaults, beyond their peaks; prints a table and draws compare.png."""
+    same_data("data/toy", folder)
+
+    def run(flags):
+        return train_until(COMPARE_STEPS, flags, folder)
+
+    runs = {}
+    with ThreadPoolExecutor(len(COMPARE)) as pool:
+        for flags, out in zip(COMPARE, pool.map(run, COMPARE)):
+            runs[flags.split()[1]] = [(best_evaluation(out), read_evaluations(out))]
+    print("\nmethod   best win_rate (step)   kl   last win_rate (step)   kl")
+    for name, [(best, evaluations)] in runs.items():
+        cells = [f"{r['win_rate']:13.3f} ({r['step']:4d}) {r['kl']:6.1f}" for r in (best, evaluations[-1])]
+        print(f"{name:6s} {cells[0]} {cells[1]}")
+    figure(runs, f"{folder}/compare.png")
+    print(f"{folder}/compare.png is written")
+
+
 # Tables and figures. runs: method -> for each seed, its peak's record and the evaluations during training
 def markdown(rows):
     lines = [f"| {' | '.join(cells)} |" for cells in rows]
@@ -200,6 +222,7 @@ def main(argv=None):
     which = p.add_mutually_exclusive_group()
     which.add_argument("--model", choices=("toy", "toy-naive"), default="toy", help="whose expert judges Table 1")
     which.add_argument("--ablations", action="store_true", help="change one setting of SPO at a time")
+    which.add_argument("--compare", action="store_true", help="SPO and DPO with their defaults")
     which.add_argument("--plot", nargs="+", metavar="RUN", help="plot the evaluations of these runs' folders")
     p.add_argument("--out", help="the PNG that --plot writes (default: plot.png)")
     args = p.parse_args(argv)
@@ -208,6 +231,8 @@ def main(argv=None):
     if args.plot:
         runs = {out: [(best_evaluation(out), read_evaluations(out))] for out in args.plot}
         figure(runs, args.out or "plot.png")
+    elif args.compare:
+        compare("out/compare")
     elif args.ablations:
         ablations("out/report/ablations")
     else:

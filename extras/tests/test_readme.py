@@ -55,6 +55,7 @@ COMMANDS = sorted({line.partition("#")[0].replace("...", "").strip() for page in
                    for line in re.findall(r"^(?:\$ )?make [a-z]+.*$|(?<=`)make [a-z][^`\n]*(?=`)", read(page), re.M)})
 PROGRAMS = dict(train="spo.py", data="prepare_data.py", theory="test_spo.py", test="-m pytest", sample="model.py",
                 evaluate="-m extras.judge", report="-m extras.report", ablations="-m extras.report --ablations",
+                compare="-m extras.report --compare",
                 plot="-m extras.report --plot", bench="-m extras.bench", clean="rm -rf out")
 
 

@@ -112,6 +112,14 @@ def test_ablations(calls):
     assert rows[0] == [f"`{report.SPO}`", "peak", "2", "0.700", "2.0", "40.0", "60.0", "20"]
 
 
+def test_compare_trains_both_beyond_their_peaks(calls, monkeypatch, capsys):
+    monkeypatch.setattr(report, "COMPARE_STEPS", 8)
+    report.compare("c")
+    assert sorted(argv[1:5] for argv in calls) == [("--algo", algo, "--steps", "8") for algo in ("dpo", "spo")]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:-1]]
+    assert rows == [[name, "0.500", "(", "2)", "2.0", "0.440", "(", "8)", "2.0"] for name in ("spo", "dpo")]
+
+
 def test_figures_draw_what_is_in_the_logs(monkeypatch, tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
     drawn, subplots = [], plt.subplots

@@ -38,7 +38,7 @@ def run(world, out, *flags, **how):
 
 
 def without_times(log):
-    return [{name: x for name, x in record.items() if name not in ("ms", "tokens_per_s", "eta")} for record in log]
+    return [{name: x for name, x in record.items() if name not in ("ms", "tokens_per_s", "eta", "time")} for record in log]
 
 
 def weights(path):
@@ -278,8 +278,9 @@ def test_a_used_folder_is_refused_and_half_written_files_are_removed(world, tmp_
     out = tmp_path / "a[1]"
     run(world, out, "--steps", "2")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(model.UserError, match="holds an earlier run .*: continue it with --resume"):
-        run(world, out, "--steps", "2")
+    for flags, words in (([], "of the same settings"), (["--lr", "0.5"], "now with lr 0.5 instead of 0.001")):
+        with pytest.raises(model.UserError, match=f"holds an earlier run, {words}: continue it with --resume"):
+            run(world, out, "--steps", "2", *flags)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert json.loads(before["settings.json"])["lr"] == 1e-3
     (out / "best.pt.part").write_bytes(b"half")
@@ -355,7 +356,7 @@ def test_spo_and_model_alone_train_resume_and_refuse_a_used_folder(world, tmp_pa
 
     first, again, resumed = program(), program(), program("--resume", "--steps", "12")
     assert first.returncode == 0 and re.match("algo=spo model=toy .*\n", first.stdout), first.stderr
-    assert again.returncode == 2 and "error: run holds an earlier run (ckpt.pt, log.jsonl)" in again.stderr and not again.stdout.count("\n   ")
+    assert again.returncode == 2 and "error: run holds an earlier run, of the same settings" in again.stderr and not again.stdout.count("\n   ")
     assert resumed.returncode == 0 and read_log(tmp_path / "run")[-1]["step"] == 12, resumed.stderr
     assert all(len(line) <= 80 for line in first.stdout.splitlines())
     # the losses need nothing but torch, on any system
