@@ -38,7 +38,8 @@ ABLATIONS = ["", "--beta 0", "--beta 0.01", "--beta 0.2", "--beta 1", "--beta 0.
              "--num_rollouts 32", "--num_rollouts 128"]
 COLUMNS = {"step": 0, "win_rate": 3, "kl": 1, "entropy": 1, "length": 1}  # field of an evaluation -> digits
 LINE_STYLES = ("-", "--", "-.", ":")
-COMPARE, COMPARE_STEPS = ("--algo spo", "--algo dpo"), 1000  # with their defaults, long enough for DPO's fall
+COMPARE = ("--algo spo --alpha 0.01", "--algo spo --alpha 0.3", "--algo dpo")  # for COMPARE_STEPS, past their peaks
+COMPARE_STEPS = 1000
 KL_BANDS = (1, 2, 4, 6, 8, 10, 15, 25)  # where one band of KL ends and the next begins, nats per story
 
 
@@ -128,20 +129,21 @@ def ablations(folder):
 
 
 def compare(folder):
-    """Trains SPO and DPO with their defaults, beyond their peaks; prints a table and draws compare.png."""
+    """Trains the runs of COMPARE side by side; prints a table and draws compare.png."""
     same_data("data/toy", folder)
 
     def run(flags):
         return train_until(COMPARE_STEPS, flags, folder)
 
     runs = {}
-    with ThreadPoolExecutor(len(COMPARE)) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for flags, out in zip(COMPARE, pool.map(run, COMPARE)):
-            runs[flags.split()[1]] = [(best_evaluation(out), read_evaluations(out))]
-    print("\nmethod   best win_rate (step)   kl   last win_rate (step)   kl")
+            runs[" ".join(flags.replace("--", "").split()[1:])] = [(best_evaluation(out), read_evaluations(out))]
+    print("\n                best win_rate           last win_rate")
+    print("                       (step)     kl           (step)     kl")
     for name, [(best, evaluations)] in runs.items():
-        cells = [f"{r['win_rate']:13.3f} ({r['step']:4d}) {r['kl']:6.1f}" for r in (best, evaluations[-1])]
-        print(f"{name:6s} {cells[0]} {cells[1]}")
+        cells = [f"{r['win_rate']:9.3f} ({r['step']:4d}) {r['kl']:6.1f}" for r in (best, evaluations[-1])]
+        print(f"{name:14s}{cells[0]}{cells[1]}")
     figure(runs, f"{folder}/compare.png")
     print(f"{folder}/compare.png is written")
 
@@ -222,7 +224,7 @@ def main(argv=None):
     which = p.add_mutually_exclusive_group()
     which.add_argument("--model", choices=("toy", "toy-naive"), default="toy", help="whose expert judges Table 1")
     which.add_argument("--ablations", action="store_true", help="change one setting of SPO at a time")
-    which.add_argument("--compare", action="store_true", help="SPO and DPO with their defaults")
+    which.add_argument("--compare", action="store_true", help="two SPO runs and DPO, past their peaks")
     which.add_argument("--plot", nargs="+", metavar="RUN", help="plot the evaluations of these runs' folders")
     p.add_argument("--out", help="the PNG that --plot writes (default: plot.png)")
     args = p.parse_args(argv)
