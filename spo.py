@@ -509,13 +509,13 @@ def log_training(args, step, history, lr, skipped):
 # ---------------------------------------------------------------------------------------------------
 # Command line
 
-# What each algorithm reads, with its defaults; a flag that it does not read is an error. Rollouts are E.2's. The paper
-# sweeps alpha, beta and delta and does not say which won: these were measured on the toy world, with few trials.
+# What each algorithm reads, with defaults measured on the toy world; a flag that it does not read is an error. The
+# paper sweeps alpha, beta and delta (E.2) and does not say which won; it has 32 rollouts every 8 steps.
 ALGOS = {
-    "spo": dict(alpha=0.01, beta=0.05, gamma=0.0, num_rollouts=32, rollout_every=8),
-    "best_of_n": dict(alpha=0.01, beta=0.1, num_rollouts=32, rollout_every=8),
-    "ranked": dict(alpha=0.01, beta=0.1, num_rollouts=32, rollout_every=8),
-    "dpo": dict(beta=0.3),
+    "spo": dict(alpha=0.01, beta=0.05, gamma=0.0, num_rollouts=8, rollout_every=8),
+    "best_of_n": dict(alpha=0.01, beta=0.1, num_rollouts=8, rollout_every=8),
+    "ranked": dict(alpha=0.01, beta=0.1, num_rollouts=8, rollout_every=8),
+    "dpo": dict(beta=0.1),
     "ipo": dict(beta=0.03),
     "slic": dict(beta=0.1, delta=10.0),
 }
@@ -523,10 +523,10 @@ HELP = dict(alpha="softness: the fixed point is softmax(r / alpha)", gamma="expo
             beta="weight of the regularizer; for dpo its own beta, for ipo its tau", delta="SLiC-HF's margin",
             num_rollouts="samples per rollout, R", rollout_every="steps between rollouts, Appendix D's k")
 # Per model. PAPER is E.2's, but for lr, which the paper does not give: a guess, not measured.
-TOY = dict(batch_size=16, micro_batch_size=64, lr=4e-4, warmup=50, steps=300, max_new_tokens=100, eval_every=50,
+TOY = dict(batch_size=16, micro_batch_size=64, lr=2e-4, warmup=50, steps=500, max_new_tokens=100, eval_every=50,
            num_eval_samples=256, judge="toy")
 PAPER = dict(batch_size=128, micro_batch_size=32, lr=1e-5, warmup=5000, steps=40000, max_new_tokens=255,
-             eval_every=1000, num_eval_samples=1000, judge="reward")
+             eval_every=1000, num_eval_samples=1000, judge="reward", num_rollouts=32)
 MODELS = {"toy": TOY, "toy-naive": TOY | {"judge": "toy-naive"}, "stories260K": PAPER, "stories15M": PAPER,
           "stories42M": PAPER, "stories110M": PAPER}
 JUDGES = ("none", "toy", "toy-naive", "reward", "llm")
@@ -573,7 +573,10 @@ def get_args(argv=None):
     g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
     g.add_argument("--fast_sampling", action="store_true", help="compiled sampling (extras/fast_generate.py)")
     g.add_argument("--resume", action="store_true", help="continue from <out>/ckpt.pt")
-    p.set_defaults(**MODELS[model])
+    defaults = dict(MODELS[model])
+    if "num_rollouts" not in ALGOS[algo]:
+        defaults.pop("num_rollouts", None)  # a model's default for a flag that this algorithm does not have
+    p.set_defaults(**defaults)
     args = p.parse_args(argv)
     for name, x in vars(args).items():
         low = 1 if name in AT_LEAST_1 else 0

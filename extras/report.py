@@ -38,7 +38,8 @@ ABLATIONS = ["", "--beta 0", "--beta 0.01", "--beta 0.2", "--beta 1", "--beta 0.
              "--num_rollouts 32", "--num_rollouts 128"]
 COLUMNS = {"step": 0, "win_rate": 3, "kl": 1, "entropy": 1, "length": 1}  # field of an evaluation -> digits
 LINE_STYLES = ("-", "--", "-.", ":")
-COMPARE = ("--algo spo --alpha 0.01", "--algo spo --alpha 0.3", "--algo dpo")  # for COMPARE_STEPS, past their peaks
+# For `make compare`, past their peaks: the README's first command, and the settings of SPO and DPO that fall least
+COMPARE = ("--algo spo --alpha 0.01", "--algo spo --alpha 0.3 --lr 4e-4", "--algo dpo --beta 0.3 --lr 4e-4")
 COMPARE_STEPS = 1000
 KL_BANDS = (1, 2, 4, 6, 8, 10, 15, 25)  # where one band of KL ends and the next begins, nats per story
 
@@ -139,11 +140,11 @@ def compare(folder):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for flags, out in zip(COMPARE, pool.map(run, COMPARE)):
             runs[" ".join(flags.replace("--", "").split()[1:])] = [(best_evaluation(out), read_evaluations(out))]
-    print("\n                best win_rate           last win_rate")
-    print("                       (step)     kl           (step)     kl")
+    print("\n                          best                   last")
+    print("                      win_rate (step)   kl   win_rate (step)   kl")
     for name, [(best, evaluations)] in runs.items():
-        cells = [f"{r['win_rate']:9.3f} ({r['step']:4d}) {r['kl']:6.1f}" for r in (best, evaluations[-1])]
-        print(f"{name:14s}{cells[0]}{cells[1]}")
+        cells = [f"{r['win_rate']:7.3f} ({r['step']:4d}) {r['kl']:5.1f}" for r in (best, evaluations[-1])]
+        print(f"{name:21s}{cells[0]}  {cells[1]}")
     figure(runs, f"{folder}/compare.png")
     print(f"{folder}/compare.png is written")
 
