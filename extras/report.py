@@ -140,11 +140,11 @@ def compare(folder):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for flags, out in zip(COMPARE, pool.map(run, COMPARE)):
             runs[" ".join(flags.replace("--", "").split()[1:])] = [(best_evaluation(out), read_evaluations(out))]
-    print("\n                     best                last")
-    print("                     win_rate (step) kl  win_rate (step) kl")
+    print("\n                      best                last")
+    print("                      win_rate (step) kl  win_rate (step) kl")
     for name, [(best, evaluations)] in runs.items():
         cells = [f"{r['win_rate']:.3f} ({r['step']:4d}) {r['kl']:5.1f}" for r in (best, evaluations[-1])]
-        print(f"{name:21s}{cells[0]}  {cells[1]}")
+        print(f"{name:22s}{cells[0]}  {cells[1]}")
     figure(runs, f"{folder}/compare.png")
     print(f"{folder}/compare.png is written")
 
