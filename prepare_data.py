@@ -58,9 +58,6 @@ def sample_rows(folder, rows, n, purpose):
 # ---------------------------------------------------------------------------------------------------
 # The toy world
 
-TOY_MODEL = dict(dim=64, n_layers=3, n_heads=4, multiple_of=4, max_seq_len=128, vocab_size=640)  # 189,632 parameters
-
-
 def train_tokenizer(path):
     """The toy world's BPE, learned from its stories; without byte fallback, most words are one token."""
     import sentencepiece
@@ -69,7 +66,7 @@ def train_tokenizer(path):
     generator, learned = random.Random(0), io.BytesIO()
     stories = (toyworld.write_story(generator) for _ in range(20_000))
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=stories, model_writer=learned, model_type="bpe", vocab_size=TOY_MODEL["vocab_size"],
+        sentence_iterator=stories, model_writer=learned, model_type="bpe", vocab_size=toyworld.MODEL_ARGS["vocab_size"],
         character_coverage=1.0, normalization_rule_name="identity", minloglevel=2)
     with atomic_write(path) as f:
         f.write(learned.getvalue())
@@ -79,7 +76,7 @@ def pretrain(stories, heldout, steps, seed):
     """Trains the toy model by maximum likelihood on stories (N, 1, T) -> Transformer."""
     batch_size, micro_batch_size, max_lr, warmup = 32, 16, 5e-3, 50
     torch.manual_seed(seed)
-    model = Transformer(ModelArgs(**TOY_MODEL)).to(DEVICE)
+    model = Transformer(ModelArgs(**toyworld.MODEL_ARGS)).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=max_lr, betas=(0.9, 0.95), fused=True)
     for step in range(steps):
         decay = math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))
@@ -269,7 +266,7 @@ def prepare(folder, tokenizer_path):
         names = CHECKPOINT_FILES
         published = {name: sha256 for name, (*_, sha256) in zip(names, PUBLISHED[model])}
     else:
-        tokenizer = load_tokenizer(tokenizer_path, TOY_MODEL["vocab_size"])
+        tokenizer = load_tokenizer(tokenizer_path, toyworld.MODEL_ARGS["vocab_size"])
         folder.check_input("tokenizer", file_hash(tokenizer_path))
         folder.check_input("extras/toyworld.py", file_hash(toyworld.__file__))
     folder.check_files(names + (SOURCE_FILES if source else ()), published)

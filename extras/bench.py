@@ -16,14 +16,14 @@ from torch.nn.functional import cross_entropy
 
 import spo
 from extras.fast_generate import fast_generate
+from extras.toyworld import MODEL_ARGS
 from model import BOS, ModelArgs, Transformer, UserError, generate
-from prepare_data import TOY_MODEL
 
 MODEL_260K = dict(dim=64, n_layers=5, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=4, max_seq_len=512)
 MODEL_15M = dict(dim=288, n_layers=6, n_heads=6, multiple_of=32, max_seq_len=256)
 MODEL_110M = dict(dim=768, n_layers=12, n_heads=12, multiple_of=32, max_seq_len=1024)
 # model -> its shape, pairs per step, tokens per response, responses per forward pass
-SHAPES = {"toy": (TOY_MODEL, 16, 90, 32), "stories260K": (MODEL_260K, 32, 128, 16),
+SHAPES = {"toy": (MODEL_ARGS, 16, 90, 32), "stories260K": (MODEL_260K, 32, 128, 16),
           "stories15M": (MODEL_15M, 8, 256, 2), "stories110M": (MODEL_110M, 8, 256, 2)}
 
 

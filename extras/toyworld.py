@@ -10,6 +10,9 @@ import math
 import random
 import re
 
+# The Llama that is trained on its stories: 189,632 parameters
+MODEL_ARGS = dict(dim=64, n_layers=3, n_heads=4, multiple_of=4, max_seq_len=128, vocab_size=640)
+
 # ---------------------------------------------------------------------------------------------------
 # The grammar
 

@@ -158,7 +158,7 @@ def test_mistakes_are_told(monkeypatch, tmp_path):
 def test_bench_by_a_fake_clock(monkeypatch, capsys):
     ticks = iter(range(1000))  # a second per call, so each part takes one
     monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(ticks)))
-    monkeypatch.setitem(bench.SHAPES, "toy", (bench.TOY_MODEL, 2, 8, 32))
+    monkeypatch.setitem(bench.SHAPES, "toy", (bench.MODEL_ARGS, 2, 8, 32))
     bench.main("--reps 1 --batches 2 --threads 1".split())
     *table, numbers = capsys.readouterr().out.splitlines()
     results = json.loads(numbers)
