@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -174,7 +175,9 @@ def test_rollouts_every_k_steps_by_the_given_sampler(world, tmp_path):
         sampled.append(policy.norm.weight.detach().clone())
         return model.generate(policy, prompt, max_new_tokens, generator=generator)
 
-    run(world, tmp_path / "a", "--rollout_every", "3", "--judge", "none", generate=sampler)
+    began = time.perf_counter()
+    log = run(world, tmp_path / "a", "--rollout_every", "3", "--judge", "none", generate=sampler)
+    assert 0 < sum(r["ms"] * n for r, n in zip(log, (1, 2, 3, 3), strict=True)) / 1e3 < time.perf_counter() - began
     assert len(sampled) == 4 and not any(torch.equal(a, b) for a, b in zip(sampled, sampled[1:]))
 
 
