@@ -429,7 +429,7 @@ def differences(args):
         with open(f"{args.out}/settings.json") as f:
             earlier = json.load(f)
         changed = [f"{name} {x} instead of {earlier.get(name)}" for name, x in vars(args).items()
-                   if x != earlier.get(name) and name != "hashes"]
+                   if x != earlier.get(name) and name not in ("hashes", "resume")]
     except (OSError, ValueError, AttributeError):
         return "of unknown settings"
     return f"now with {', '.join(changed)}" if changed else "of the same settings"
