@@ -36,6 +36,8 @@ bench_reads = MODEL ARGS
 reads = PY $(foreach target,$(MAKECMDGOALS),$($(target)_reads))
 given = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 $(if $(filter-out $(reads),$(given)),$(error `make $(MAKECMDGOALS)` does not read $(filter-out $(reads),$(given)), only $(reads)))
+needs = $(if $(filter sample evaluate,$(MAKECMDGOALS)),CHECKPOINT) $(if $(filter plot,$(MAKECMDGOALS)),RUNS)
+$(foreach name,$(needs),$(if $($(name)),,$(error `make $(MAKECMDGOALS)` needs $(name)=, see `make help`)))
 $(if $(filter-out 0 1,$(RESUME)),$(error RESUME is $(RESUME): give RESUME=1 to continue a run))
 
 # $(call flag,OUT,--out) is --out 'VALUE' if OUT is given, else nothing; quotes in VALUE are escaped for the shell

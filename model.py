@@ -257,8 +257,8 @@ def load(path, device="cpu"):
 
 def load_checkpoint(path, device="cpu"):
     """The dict in a .pt file, with `model` and `model_args`. Tensors and plain data only, never code."""
-    if not os.path.exists(path):
-        raise UserError(f"{path} does not exist: create it with `make data` or `make train`, or name another file.")
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is not a file: create it with `make data` or `make train`, or name another file.")
     try:
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -430,6 +430,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # samples may hold characters that the terminal cannot show
     try:
         main()
     except (UserError, OSError) as error:

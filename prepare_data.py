@@ -108,7 +108,7 @@ def sample_ranking(y, r, generator):
 def prepare_toy(folder, tokenizer):
     """Stories of the grammar and the model trained on them; with source toy, samples ranked by the expert's reward."""
     settings = folder.settings
-    seed, num_pairs = settings["seed"], settings["num_pairs"]
+    seed = settings["seed"]
     for name, n, story_seed in (("stories.npy", settings["num_stories"], 2 * seed),
                                 ("heldout.npy", 1000, 2 * seed + 1)):
         if not folder.has(name):
@@ -121,6 +121,7 @@ def prepare_toy(folder, tokenizer):
             save(pretrain(stories, heldout, settings["sft_steps"], seed), path)
     if settings["source"] != "toy":
         return
+    num_pairs = settings["num_pairs"]
     for name, rows, n, purpose in (("ranked.npy", num_pairs // 2, 4, RANKED), ("pairs.npy", num_pairs, 2, PAIRS),
                                    ("heldout_pairs.npy", max(1, num_pairs // 8), 2, HELDOUT)):
         if not folder.has(name):

@@ -461,7 +461,8 @@ def load_run(args, policy, optimizer):
         optimizer.load_state_dict(checkpoint["optimizer"])
         assert all(row.shape == (len(METRICS),) for row in checkpoint["history"]), "history"
         assert checkpoint["rollouts"] is None or checkpoint["rollouts"].max() < policy.args.vocab_size, "rollouts"
-        cut_log(f"{args.out}/log.jsonl", checkpoint["step"])
+        evaluations = [r["win_rate"] for r in cut_log(args, checkpoint["step"]) if "win_rate" in r]
+        checkpoint["best_win_rate"] = max([checkpoint["best_win_rate"], *evaluations])
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as e:
         raise UserError(f"{args.out} is not what a run from {args.init} leaves, in ckpt.pt or log.jsonl: "
                         f"{' '.join(str(e).split())[:80]}.") from None
@@ -469,14 +470,16 @@ def load_run(args, policy, optimizer):
     return checkpoint
 
 
-def cut_log(path, step):
-    """Removes what was logged after the checkpoint of this step, and its evaluation, which is repeated."""
-    with open(path, "a+") as f:  # which creates it for a run that was killed before its first record
+def cut_log(args, step):
+    """Removes what was logged after the checkpoint of this step, and its evaluation if train repeats it -> the rest."""
+    with open(f"{args.out}/log.jsonl", "a+") as f:  # which creates it for a run killed before its first record
         f.seek(0)
         records = [json.loads(line) for line in f if line.endswith("\n")]  # a killed run can leave half a line
-    kept = [r for r in records if r["step"] < step or r["step"] == step and "loss" in r]
-    with atomic_write(path) as f:
+    repeated = step % args.eval_every == 0 or step == args.steps
+    kept = [r for r in records if r["step"] < step or r["step"] == step and ("loss" in r or not repeated)]
+    with atomic_write(f"{args.out}/log.jsonl") as f:
         f.write("".join(json.dumps(r) + "\n" for r in kept).encode())
+    return kept
 
 
 COLUMNS = {"step": 6, "loss": 9, "reg": 8, "margin": 9, "accuracy": 10, "chosen": 9, "rejected": 10, "grad_norm": 11,
@@ -561,6 +564,7 @@ def get_args(argv=None):
     g.add_argument("--eval_every", type=int, help="steps between evaluations, and checkpoints")
     g.add_argument("--num_eval_samples", type=int, help="samples per evaluation")
     g.add_argument("--log_every", type=int, default=10, help="steps between training records")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     g = p.add_argument_group("run")
     g.add_argument("--data", default=f"data/{model}", help="folder of sft.pt and the token files")
     g.add_argument("--init", default="<data>/sft.pt", help="the model to start from, and the reference")
@@ -568,8 +572,7 @@ def get_args(argv=None):
                    help="the model's own sentencepiece model, with which the judge reads samples")
     g.add_argument("--out", default="out/<model>-<algo>-<settings>-seed<seed>", help="the run's folder")
     g.add_argument("--seed", type=int, default=0, help="of batches, rollouts and evaluations")
-    g.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="where to compute")
+    g.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
     g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
     g.add_argument("--fast_sampling", action="store_true", help="compiled sampling (extras/fast_generate.py)")
     g.add_argument("--resume", action="store_true", help="continue from <out>/ckpt.pt")
@@ -616,7 +619,8 @@ def main(argv=None):
         evaluate = make_evaluate(args)
     if args.fast_sampling:
         from extras.fast_generate import fast_generate as sampler
-    print(textwrap.fill(" ".join(f"{name}={x}" for name, x in vars(args).items() if name != "hashes"), 80))
+    print(textwrap.fill(" ".join(f"{name}={x}" for name, x in vars(args).items() if name != "hashes"), 80,
+                        break_long_words=False, break_on_hyphens=False))
     stop = stop_on_signal()
     train(args, evaluate, sampler, stop)
     if os.path.exists(f"{args.out}/best.pt"):
@@ -626,6 +630,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # samples may hold characters that the terminal cannot show
     try:
         main()
     except torch.OutOfMemoryError:

@@ -180,6 +180,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # samples may hold characters that the terminal cannot show
     try:
         main()
     except (UserError, OSError) as error:

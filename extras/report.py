@@ -234,6 +234,7 @@ def main(argv=None):
     if args.plot:
         runs = {out: [(best_evaluation(out), read_evaluations(out))] for out in args.plot}
         figure(runs, args.out or "plot.png")
+        print(f"{args.out or 'plot.png'} is written")
     elif args.compare:
         compare("out/compare")
     elif args.ablations:

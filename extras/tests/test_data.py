@@ -125,6 +125,17 @@ def test_settings_are_kept_and_others_refused(world, tmp_path, monkeypatch):
         prepare_toy(data, "--reward_steps", "2")
 
 
+def test_preferences_of_the_users_for_the_toy_model(tmp_path):
+    source = pairs_file(tmp_path, write_stories(40))
+    flags = ["--num_stories", "32", "--sft_steps", "1", *FEW]
+    prepare_toy(tmp_path / "data", "--source", source, *flags)
+    rows = texts(tmp_path / "data", "pairs", "heldout_pairs")
+    stories = write_stories(40)
+    assert sorted(rows) == sorted([list(pair) for pair in zip(stories[::2], stories[1::2])])
+    assert not os.path.exists(tmp_path / "data/ranked.npy")
+    prepare_toy(tmp_path / "data")  # as `make train` does
+
+
 def test_another_source_is_refused(published, tmp_path):
     data, run = published
     source = pairs_file(tmp_path, write_stories(40))

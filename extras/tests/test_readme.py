@@ -4,12 +4,15 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
+import torch
 
 import prepare_data
 import spo
 from extras.tests.conftest import ROOT
+from test_spo import tiny
 
 PAGES = ["README.md", *(f"docs/{name}" for name in sorted(os.listdir(f"{ROOT}/docs")) if name.endswith(".md"))]
 
@@ -51,8 +54,31 @@ def test_the_formula_and_the_example_are_the_code():
     assert shown == 2
 
 
+def test_the_losses_in_another_trainer():
+    class Model(torch.nn.Module):  # with a Hugging Face model's call
+        def __init__(self, seed):
+            super().__init__()
+            self.llama = tiny(10, seed)
+
+        def forward(self, tokens):
+            return types.SimpleNamespace(logits=self.llama(tokens))
+
+    block = re.search(r"```python\n(import torch\nfrom spo import seq_logp.*?)```", read("docs/design.md"), re.S)[1]
+    names = dict(model=Model(0), ref=Model(1))
+    exec(block, names)
+    y, (policy, ref) = names["tokens"], (names[name].llama for name in ("model", "ref"))
+    rows = [[1, 6, 2], [1, 7, 8, 2]]
+    logp = [sum(policy(y[i:i + 1])[0, 1 + t].log_softmax(-1)[token] for t, token in enumerate(row[1:]))
+            for i, row in enumerate(rows)]
+    assert names["pref"](y, names["mask"]).item() == pytest.approx(spo.spo_loss(*logp, 0.01).item(), rel=1e-5)
+    kl = [sum(spo.kl_per_token(policy(y[i:i + 1])[0, 1 + t], ref(y[i:i + 1])[0, 1 + t]) for t in range(len(row) - 1))
+          for i, row in enumerate(rows)]
+    assert names["kl"](y, names["mask"]).item() == pytest.approx(sum(kl).item() / 2, rel=1e-5)
+
+
 COMMANDS = sorted({line.partition("#")[0].replace("...", "").strip() for page in PAGES
-                   for line in re.findall(r"^(?:\$ )?make [a-z]+.*$|(?<=`)make [a-z][^`\n]*(?=`)", read(page), re.M)})
+                   for line in re.findall(r"^(?:\$ )?make [a-z]+.*$|(?<=`)make [a-z][^`\n]*(?=`)", read(page), re.M)}
+                  - {"make sample", "make evaluate", "make plot"})  # named in a sentence, without what they need
 PROGRAMS = dict(train="spo.py", data="prepare_data.py", theory="test_spo.py", test="-m pytest", sample="model.py",
                 evaluate="-m extras.judge", report="-m extras.report", ablations="-m extras.report --ablations",
                 compare="-m extras.report --compare",
@@ -89,7 +115,7 @@ def test_the_first_command_of_the_readme(world, tmp_path):
 @pytest.mark.parametrize("settings, words", [
     ("train ALHPA=0.5", "does not read ALHPA"), ("train alpha=0.5", "does not read alpha"),
     ("train BATCH_SIZE=4", "does not read BATCH_SIZE"), ("report STEPS=10", "does not read STEPS"),
-    ("train RESUME=yes", "RESUME is yes"),
+    ("train RESUME=yes", "RESUME is yes"), ("plot", "needs RUNS="), ("sample N=2", "needs CHECKPOINT="),
 ])
 def test_a_setting_that_is_not_read_is_an_error(settings, words):
     done = make("-n", *settings.split())

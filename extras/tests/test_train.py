@@ -153,10 +153,19 @@ def test_the_best_model_is_kept_before_its_win_rate_is_logged(world, tmp_path, m
     assert torch.equal(weights(tmp_path / "a/best.pt"), weights(tmp_path / "b/ckpt.pt"))
     # resumed, a lower win rate does not replace it, whatever the log says
     os.remove(tmp_path / "a/log.jsonl")
-    (tmp_path / "a/log.jsonl").touch()
     wins = iter([0.5, 0.55])
     spo.train(get_args(world, tmp_path / "a", *flags, "--steps", "8", "--resume"), evaluate)
+    assert [r["step"] for r in read_log(tmp_path / "a") if "win_rate" in r] == [6, 8]
     assert torch.equal(weights(tmp_path / "a/best.pt"), weights(tmp_path / "b/ckpt.pt"))
+
+    # a last evaluation that is not one of the regular ones is not repeated, and counts
+    flags = ["--judge", "none", "--eval_every", "4"]
+    wins = iter([0.4, 0.5, 0.7, 0.6])
+    spo.train(get_args(world, tmp_path / "d", *flags, "--steps", "6"), evaluate)
+    best = weights(tmp_path / "d/best.pt")
+    spo.train(get_args(world, tmp_path / "d", *flags, "--steps", "8", "--resume"), evaluate)
+    assert [r["step"] for r in read_log(tmp_path / "d") if "win_rate" in r] == [0, 4, 6, 8]
+    assert torch.equal(weights(tmp_path / "d/best.pt"), best)
 
     def log(args, **record):
         raise KeyboardInterrupt
@@ -216,7 +225,7 @@ def test_defaults_are_e2s_and_one_flag_belongs_to_one_algorithm(capsys):
     ("--alpha nan", "alpha is nan"), ("--alpha inf", "alpha is inf"), ("--beta -0.1", "beta is -0.1"),
     ("--algo ipo --beta 0", "beta is 0"), ("--num_rollouts 0", "num_rollouts is 0"), ("--steps ten", "invalid int"),
     ("--rollout_every 0", "rollout_every is 0"), ("--batch_size 100", "has 48 rows"), ("--device nowhere", "nowhere"),
-    ("--max_new_tokens 129", "the model reads 128"), ("--init nowhere.pt", "nowhere.pt does not exist"),
+    ("--max_new_tokens 129", "the model reads 128"), ("--init nowhere.pt", "nowhere.pt is not a file"),
     ("--data {tmp}/four", "rows of 4 responses"), ("--data {tmp}/long", "lengths that this model does not have"),
     ("--data nowhere", "nowhere/"), ("--tokenizer nowhere.model", "nowhere.model is missing"),
     ("--out {tmp}/file/run", "cannot be created"), ("--resume", "nothing to resume"), ("--judge gpt", "invalid choice"),
@@ -238,6 +247,8 @@ def test_what_may_differ_when_resuming_and_nothing_else(world, tmp_path):
     data = shutil.copytree(world, tmp_path / "data")
     run(str(data), tmp_path / "a", "--steps", "2")
     saved = torch.load(tmp_path / "a/ckpt.pt")["args"]
+    assert spo.MAY_DIFFER == {"resume", "out", "device", "micro_batch_size", "fast_sampling", "data", "init",
+                              "tokenizer", "model", "steps", "hashes"}
     assert set(saved["hashes"]) == {"init", "pairs.npy", "ref.npy", "tokenizer"}
 
     def resume(args):
