@@ -40,7 +40,8 @@ def response_mask(tokens):
     """
     is_bos = tokens[:, 1:] == BOS
     num_bos = is_bos.cumsum(1)
-    return F.pad((num_bos == 0) | ((num_bos == 1) & is_bos), (1, 0)).long()
+    counts = (num_bos == 0) | ((num_bos == 1) & is_bos)
+    return F.pad(counts, (1, 0)).long()
 
 
 def sum_over_tokens(fn, mask, *inputs):
@@ -65,9 +66,11 @@ def seq_logp(model, tokens, mask):
     """
     assert mask.shape == tokens.shape, f"mask {tuple(mask.shape)} is not that of tokens {tuple(tokens.shape)}"
     if hasattr(model, "hidden"):
-        hidden, lm_head = model.hidden(tokens[:, :-1]), model.output                # (N, T-1, dim)
+        hidden = model.hidden(tokens[:, :-1])                                       # (N, T-1, dim)
+        lm_head = model.output
     else:
-        hidden, lm_head = model(tokens[:, :-1]), torch.nn.Identity()                # (N, T-1, V)
+        hidden = model(tokens[:, :-1])                                              # (N, T-1, V)
+        lm_head = torch.nn.Identity()
 
     def token_logp(hidden, targets):                                                # (M, dim), (M,) -> (M,)
         return -F.cross_entropy(upcast(lm_head(hidden)), targets, reduction="none")
@@ -132,7 +135,8 @@ def preference_loss(args, logp, ref_logp, mu):
     PreferenceLoss of Eq. 1, per row -> (B,). logp, ref_logp (B, n): log pi of n responses, best first. mu (B,): the
     weight of pairs; for best_of_n and ranked, training uses mu = 1.
     """
-    logp_w, logp_l, ref_w, ref_l = logp[:, 0], logp[:, 1], ref_logp[:, 0], ref_logp[:, 1]
+    logp_w, logp_l = logp[:, 0], logp[:, 1]
+    ref_w, ref_l = ref_logp[:, 0], ref_logp[:, 1]
     if args.algo == "spo":
         return spo_loss(logp_w, logp_l, args.alpha, mu)
     if args.algo == "best_of_n":
@@ -153,7 +157,8 @@ def preference_loss(args, logp, ref_logp, mu):
 
 def kl_per_token(logits, ref_logits):
     """KL(pi_theta(. | prefix) || pi_ref(. | prefix)) over the full vocabulary, (..., V) -> (...)."""
-    logp, ref_logp = upcast(logits).log_softmax(-1), upcast(ref_logits).log_softmax(-1)
+    logp = upcast(logits).log_softmax(-1)
+    ref_logp = upcast(ref_logits).log_softmax(-1)
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
@@ -199,7 +204,8 @@ BATCH, SLIC_BATCH, ROLLOUT, EVAL, SHOW = range(5)  # purposes; extras/judge.py d
 def rng(*key):
     """A generator seeded by (seed, purpose, step)."""
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
-    return torch.Generator().manual_seed(int(digest[:15], 16))
+    seed = int(digest[:15], 16)
+    return torch.Generator().manual_seed(seed)
 
 
 def load_responses(path, model_args, min_rows=1, num_responses=None):
@@ -238,7 +244,8 @@ def micro_batches(data, rows, micro_batch_size, device):
     """Rows of data (N, n, T), longest first so that little is padding -> rows (b,), tokens (b * n, T' <= T)."""
     y = torch.from_numpy(data[rows.numpy()].astype("int64"))                        # (B, n, T)
     n = y.shape[1]
-    lengths = response_mask(y.flatten(0, 1)).sum(1).view(-1, n).amax(1)             # (B,)
+    lengths = response_mask(y.flatten(0, 1)).sum(1)                                 # (B * n,)
+    lengths = lengths.view(-1, n).amax(1)                                           # (B,)
     order = lengths.argsort(descending=True, stable=True)
     for i in order.split(max(1, micro_batch_size // n)):
         yield rows[i], trim_padding(y[i].flatten(0, 1).to(device))
@@ -246,7 +253,8 @@ def micro_batches(data, rows, micro_batch_size, device):
 
 def trim_padding(tokens):
     """Without the columns that are padding in every row."""
-    return tokens[:, :1 + int(response_mask(tokens).sum(1).max())]
+    longest = int(response_mask(tokens).sum(1).max())
+    return tokens[:, :1 + longest]
 
 
 @torch.no_grad()
@@ -256,7 +264,8 @@ def dataset_logp(model, data, batches, micro_batch_size):
     logp = torch.zeros(data.shape[:2], device=device)
     for batch in batches:
         for rows, y in micro_batches(data, batch, micro_batch_size, device):
-            logp[rows] = seq_logp(model, y, response_mask(y)).view(len(rows), -1)
+            row_logp = seq_logp(model, y, response_mask(y))                         # (b * n,)
+            logp[rows] = row_logp.view(len(rows), -1)
     return logp
 
 
@@ -280,7 +289,8 @@ def batch_metrics(pref, logp, mask, batch_size):
     A micro-batch's share of METRICS' pref to tokens -> (6,). chosen: log pi of the best response; rejected: of the
     others' most probable one; margin: their difference; accuracy: the share of rows where it is positive.
     """
-    chosen, rejected = logp[:, 0], logp[:, 1:].amax(1)                              # (b,)
+    chosen = logp[:, 0]                                                             # (b,)
+    rejected = logp[:, 1:].amax(1)
     margin = chosen - rejected
     means = [x.sum() / batch_size for x in (margin, (margin > 0).float(), chosen, rejected)]
     return torch.stack((pref.detach(), *means, mask.sum()))
@@ -395,7 +405,8 @@ def load_data(args, model_args):
     """The preference data (N, n, T), best first, and for SLiC-HF samples of the reference (M, 1, T)."""
     name = {"best_of_n": "best.npy", "ranked": "ranked.npy"}.get(args.algo, "pairs.npy")
     data = load_responses(f"{args.data}/{name}", model_args, args.batch_size, 2 if name == "pairs.npy" else None)
-    args.hashes |= {"init": file_hash(args.init), name: file_hash(f"{args.data}/{name}")}
+    args.hashes["init"] = file_hash(args.init)
+    args.hashes[name] = file_hash(f"{args.data}/{name}")
     if args.max_new_tokens > model_args.max_seq_len:
         raise UserError(f"--max_new_tokens is {args.max_new_tokens}, but the model reads {model_args.max_seq_len}.")
     if args.algo != "slic":
@@ -450,7 +461,8 @@ def load_run(args, policy, optimizer):
     path = f"{args.out}/ckpt.pt"
     checkpoint = load_checkpoint(path, args.device)
     try:
-        earlier, now = checkpoint["args"] | checkpoint["args"]["hashes"], vars(args) | args.hashes
+        earlier = checkpoint["args"] | checkpoint["args"]["hashes"]
+        now = vars(args) | args.hashes
         for name in sorted(now.keys() - MAY_DIFFER):
             if earlier.get(name) != now[name]:
                 raise UserError(f"{args.out} was started with {name} {str(earlier.get(name))[:20]}, not "
@@ -476,7 +488,9 @@ def cut_log(args, step):
         f.seek(0)
         records = [json.loads(line) for line in f if line.endswith("\n")]  # a killed run can leave half a line
     repeated = step % args.eval_every == 0 or step == args.steps
-    kept = [r for r in records if r["step"] < step or r["step"] == step and ("loss" in r or not repeated)]
+    before = [r for r in records if r["step"] < step]
+    at_step = [r for r in records if r["step"] == step and ("loss" in r or not repeated)]
+    kept = before + at_step
     with atomic_write(f"{args.out}/log.jsonl") as f:
         f.write("".join(json.dumps(r) + "\n" for r in kept).encode())
     return kept
@@ -494,9 +508,11 @@ def log(args, **record):
         os.fsync(f.fileno())
     cells = {name: f"{x:.3f}" if isinstance(x, float) else str(x) for name, x in record.items()}
     if "loss" in record:
-        print("".join(cells[name].rjust(width) for name, width in COLUMNS.items()), flush=True)
+        row = [cells[name].rjust(width) for name, width in COLUMNS.items()]
+        print("".join(row), flush=True)
     else:
-        print(textwrap.fill("  ".join(f"{name} {x}" for name, x in cells.items()), 80), flush=True)
+        text = "  ".join(f"{name} {x}" for name, x in cells.items())
+        print(textwrap.fill(text, 80), flush=True)
 
 
 def log_training(args, step, history, lr, skipped):
@@ -506,7 +522,8 @@ def log_training(args, step, history, lr, skipped):
     record |= dict(lr=lr, skipped=skipped, ms=1e3 * seconds, tokens_per_s=record["tokens"] / seconds)
     if args.device == "cuda":
         record["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
-    log(args, step=step, **record, eta=str(datetime.timedelta(seconds=int(seconds * (args.steps - step)))))
+    seconds_left = int(seconds * (args.steps - step))
+    log(args, step=step, **record, eta=str(datetime.timedelta(seconds=seconds_left)))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -587,10 +604,11 @@ def get_args(argv=None):
             p.error(f"--{name} is {x}: it must be a finite number, {low} or more")
     if algo == "ipo" and args.beta == 0:
         p.error("--beta is 0, but ipo's target margin is 1/(2 beta)")
-    settings = "-".join(f"{name}{getattr(args, name):g}" for name in ALGOS[algo] if name not in AT_LEAST_1)
+    settings = [f"{name}{getattr(args, name):g}" for name in ALGOS[algo] if name not in AT_LEAST_1]
+    name = "-".join([model, algo, *settings, f"seed{args.seed}"])
+    args.out = args.out.replace("<model>-<algo>-<settings>-seed<seed>", name).rstrip("/")
     args.init = args.init.replace("<data>", args.data)
     args.tokenizer = args.tokenizer.replace("<data>", args.data)
-    args.out = args.out.replace("<model>-<algo>-<settings>-seed<seed>", f"{model}-{algo}-{settings}-seed{args.seed}")
     args.hashes = {}  # of the files that the run reads, compared when it is resumed
     return args
 
@@ -613,14 +631,15 @@ def stop_on_signal():
 
 def main(argv=None):
     args = get_args(argv)
-    evaluate, sampler = None, generate
+    evaluate = None
+    sampler = generate
     if args.judge != "none":
         from extras.judge import make_evaluate  # win rate, KL and entropy of fresh samples
         evaluate = make_evaluate(args)
     if args.fast_sampling:
         from extras.fast_generate import fast_generate as sampler
-    print(textwrap.fill(" ".join(f"{name}={x}" for name, x in vars(args).items() if name != "hashes"), 80,
-                        break_long_words=False, break_on_hyphens=False))
+    settings = [f"{name}={x}" for name, x in vars(args).items() if name != "hashes"]
+    print(textwrap.fill(" ".join(settings), 80, break_long_words=False, break_on_hyphens=False))
     stop = stop_on_signal()
     train(args, evaluate, sampler, stop)
     if os.path.exists(f"{args.out}/best.pt"):
