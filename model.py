@@ -422,7 +422,7 @@ def main(argv=None):
     space = model.args.max_seq_len + 1 - prompt.shape[1]
     length = space if args.max_new_tokens is None else args.max_new_tokens
     if not 1 <= length <= space:
-        p.error(f"the prompt has {prompt.shape[1]} tokens, BOS included, of the {model.args.max_seq_len} that the model "
+        p.error(f"the prompt has {prompt.shape[1]} tokens, BOS included, of {model.args.max_seq_len} that the model "
                 f"reads: --max_new_tokens must be from 1 to {space}, or the prompt shorter")
     generator = torch.Generator().manual_seed(args.seed)
     tokens = generate(model, prompt.repeat(args.n, 1), length, args.temperature, args.top_k, generator)

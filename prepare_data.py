@@ -150,7 +150,8 @@ PUBLISHED = {
     "stories42M": (("HF_ENDPOINT", f"{TINYLLAMAS}/58e1696980dcbdf80b2dfe876819104a174f5e78/stories42M.pt",
                     166_787_298, "fbe124df8794c2e033432c22b59cff64485455b4644046c52a456d0bbd8859fe"), LLAMA2_TOKENIZER),
     "stories110M": (("HF_ENDPOINT", f"{TINYLLAMAS}/302d182797471b93cb4d6af3608e501efeeda0c2/stories110M.pt",
-                     438_163_693, "cdef30b5108d1b5d1c232fcf7e2ea433cc6cdc473aa876af9d8d6ce83bf4b5e0"), LLAMA2_TOKENIZER),
+                     438_163_693, "cdef30b5108d1b5d1c232fcf7e2ea433cc6cdc473aa876af9d8d6ce83bf4b5e0"),
+                    LLAMA2_TOKENIZER),
 }
 
 

@@ -298,7 +298,7 @@ def batch_metrics(pref, logp, mask, batch_size):
 
 def train(args, evaluate=None, generate=generate, stop=None):
     """
-    Minimizes Eq. 1 from the model in args.init, which is also the reference -> the policy. evaluate: (policy, ref, step)
+    Minimizes Eq. 1 from the model in args.init, which is also the reference -> the policy. evaluate(policy, ref, step)
     -> dict to log; the highest "win_rate" is kept in best.pt. stop: a threading.Event that ends it after a step.
     """
     policy, ref = load(args.init, args.device), load(args.init, args.device).requires_grad_(False)
@@ -577,7 +577,8 @@ def get_args(argv=None):
     g.add_argument("--steps", type=int, help="training steps")
     g.add_argument("--max_new_tokens", type=int, help="longest sample, in tokens")
     g = p.add_argument_group("evaluation")
-    g.add_argument("--judge", choices=JUDGES, help="of win rates: the toy world's experts, <data>/reward.pt, or an endpoint")
+    g.add_argument("--judge", choices=JUDGES,
+                   help="of win rates: the toy world's experts, <data>/reward.pt, or an endpoint")
     g.add_argument("--eval_every", type=int, help="steps between evaluations, and checkpoints")
     g.add_argument("--num_eval_samples", type=int, help="samples per evaluation")
     g.add_argument("--log_every", type=int, default=10, help="steps between training records")
