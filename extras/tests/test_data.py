@@ -17,7 +17,7 @@ import spo
 from extras import toyworld
 from extras.data_folder import open_folder
 from extras.tests.conftest import ROOT, TINY, TOKENIZER
-from model import UserError, file_hash, load_tokenizer
+from model import UserError, file_hash, load, load_tokenizer
 
 FEW = ["--num_ref", "4", "--reward_steps", "0"]
 SMALLEST = ["--num_stories", "32", "--sft_steps", "1", "--num_pairs", "8", "--num_ref", "4"]
@@ -62,11 +62,28 @@ def test_the_files_are_what_they_say(world):
     shapes = {name: np.load(f"{world}/{name}.npy").shape[:2] for name in ("stories", "pairs", "ranked", "ref")}
     assert shapes == dict(stories=(200, 1), pairs=(48, 2), ranked=(24, 4), ref=(64, 1))
     assert texts(world, "stories")[:9] == [[story] for story in write_stories(9)]
+    assert texts(world, "heldout")[:9] == [[story] for story in write_stories(9, seed=1)]
     for a, b in (("stories", "heldout"), ("pairs", "heldout_pairs"), ("pairs", "ref")):
         assert not set(sum(texts(world, a), [])) & set(sum(texts(world, b), []))
     with open(f"{world}/settings.json") as f:
         recorded = json.load(f)["files"]
     assert {**recorded, "settings.json": file_hash(f.name)} == hashes(world)
+
+
+def test_pairs_are_labelled_by_the_experts_taste_with_draws_of_the_seed(tmp_path):
+    data = tmp_path / "data"
+    prepare_data.main(["toy-naive", "--data", str(data), "--tokenizer", TOKENIZER, *SMALLEST, "--seed", "3",
+                       "--num_pairs", "60"])
+    assert texts(data, "stories")[0] == write_stories(1, seed=6) and texts(data, "heldout")[0] == write_stories(1, seed=7)
+    y = spo.sample(load(data / "sft.pt"), 120, 100, spo.rng(3, prepare_data.PAIRS)).view(60, 2, -1)
+    stories = load_tokenizer(TOKENIZER, 640).decode(y.flatten(0, 1).tolist())
+
+    def pairs(taste, seed):
+        r = torch.tensor([toyworld.reward(story, taste) for story in stories]).view(60, 2)
+        return prepare_data.sample_ranking(y, r, spo.rng(seed, prepare_data.PAIRS)).numpy()
+
+    assert np.array_equal(np.load(data / "pairs.npy"), pairs("naive", 3))
+    assert not np.array_equal(np.load(data / "pairs.npy"), pairs("naive", 0))
 
 
 def test_pretraining_reaches_what_it_prints_and_learns(world, capsys):

@@ -72,6 +72,7 @@ def test_a_checkpoint_of_llama2c_loads_and_saves(tmp_path):
     torch.save({"model": weights, "model_args": args, "config": {"device": "cuda"}, "iter_num": 7}, tmp_path / "a.pt")
     loaded = load(tmp_path / "a.pt")
     assert torch.equal(loaded(TOKENS), policy(TOKENS)) and loaded.output.weight is loaded.tok_embeddings.weight
+    assert {m.eps for m in loaded.modules() if isinstance(m, torch.nn.RMSNorm)} == {0.01}
     save(loaded, tmp_path / "b.pt", step=3)
     saved = load_checkpoint(tmp_path / "b.pt")
     assert saved["step"] == 3 and saved["model_args"] == args | {"hidden_dim": None} and loaded.hidden_dim == 44

@@ -231,14 +231,16 @@ def test_defaults_are_e2s_and_one_flag_belongs_to_one_algorithm(capsys):
     ("--rollout_every 0", "rollout_every is 0"), ("--batch_size 100", "has 48 rows"), ("--device nowhere", "nowhere"),
     ("--max_new_tokens 129", "the model reads 128"), ("--init nowhere.pt", "nowhere.pt is not a file"),
     ("--data {tmp}/four", "rows of 4 responses"), ("--data {tmp}/long", "lengths that this model does not have"),
-    ("--data nowhere", "nowhere/"), ("--tokenizer nowhere.model", "nowhere.model is missing"),
+    ("--data {tmp}/word", "holds tokens or lengths"), ("--data nowhere", "nowhere/"), ("--tokenizer nowhere.model", "nowhere.model is missing"),
     ("--out {tmp}/file/run", "cannot be created"), ("--resume", "nothing to resume"), ("--judge gpt", "invalid choice"),
 ])
 def test_a_wrong_flag_is_one_sentence_and_status_2(world, tmp_path, flags, words, capsys):
     (tmp_path / "file").write_text("text")
-    for name, shape in dict(four=(9, 4, 20), long=(9, 2, 130)).items():
+    word = np.ones((9, 2, 20), np.uint16)
+    word[8, 1, 19] = 640  # the first token that there is not
+    for name, tokens in dict(four=np.ones((9, 4, 20)), long=np.ones((9, 2, 130)), word=word).items():
         shutil.copytree(world, tmp_path / name)
-        np.save(tmp_path / name / "pairs.npy", np.ones(shape, np.uint16))
+        np.save(tmp_path / name / "pairs.npy", tokens.astype(np.uint16))
     before = sorted(os.listdir(tmp_path))
     with pytest.raises((model.UserError, SystemExit)) as error:
         run(world, tmp_path / "run", *flags.format(tmp=tmp_path).split())
