@@ -222,8 +222,10 @@ def load_responses(path, model_args, min_rows=1, num_responses=None):
                         "published model with MODEL= and SOURCE=.") from None
     if N < min_rows:
         raise UserError(f"{path} has {N} rows, fewer than --batch_size {min_rows}.")
-    if n < 2 if num_responses is None else n != num_responses:
-        raise UserError(f"{path} has rows of {n} responses, not of {num_responses or 'two or more'}.")
+    if num_responses is None and n < 2:
+        raise UserError(f"{path} has rows of {n} responses, not of two or more.")
+    if num_responses is not None and n != num_responses:
+        raise UserError(f"{path} has rows of {n} responses, not of {num_responses}.")
     if not 2 <= T <= model_args.max_seq_len + 1 or data.max() >= model_args.vocab_size or (data[..., 0] != BOS).any():
         raise UserError(f"{path} holds tokens or lengths that this model does not have: create it for this model.")
     return data
@@ -281,6 +283,7 @@ def get_lr(step, args):
     return args.lr * min(1.0, (step + 1) / max(1, args.warmup))
 
 
+# What is kept of every step, in this order, until the mean of several is logged
 METRICS = ("loss", "pref", "margin", "accuracy", "chosen", "rejected", "tokens", "reg", "grad_norm", "seconds")
 
 
@@ -299,7 +302,7 @@ def batch_metrics(pref, logp, mask, batch_size):
 def train(args, evaluate=None, generate=generate, stop=None):
     """
     Minimizes Eq. 1 from the model in args.init, which is also the reference -> the policy. evaluate(policy, ref, step)
-    -> dict to log; the highest "win_rate" is kept in best.pt. stop: a threading.Event that ends it after a step.
+    -> dict to log; best.pt has the highest "win_rate". generate samples the rollouts. stop: a threading.Event.
     """
     policy, ref = load(args.init, args.device), load(args.init, args.device).requires_grad_(False)
     data, ref_samples = load_data(args, policy.args)
@@ -473,8 +476,8 @@ def load_run(args, policy, optimizer):
         optimizer.load_state_dict(checkpoint["optimizer"])
         assert all(row.shape == (len(METRICS),) for row in checkpoint["history"]), "history"
         assert checkpoint["rollouts"] is None or checkpoint["rollouts"].max() < policy.args.vocab_size, "rollouts"
-        evaluations = [r["win_rate"] for r in cut_log(args, checkpoint["step"]) if "win_rate" in r]
-        checkpoint["best_win_rate"] = max([checkpoint["best_win_rate"], *evaluations])
+        win_rates = [r.get("win_rate") for r in cut_log(args, checkpoint["step"])]
+        checkpoint["best_win_rate"] = max([checkpoint["best_win_rate"], *(x for x in win_rates if x is not None)])
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as e:
         raise UserError(f"{args.out} is not what a run from {args.init} leaves, in ckpt.pt or log.jsonl: "
                         f"{' '.join(str(e).split())[:80]}.") from None
@@ -502,8 +505,12 @@ COLUMNS = {"step": 6, "loss": 9, "reg": 8, "margin": 9, "accuracy": 10, "chosen"
 
 def log(args, **record):
     """Appends a record to log.jsonl, so that it is on the disk before the next checkpoint, and shows it."""
+    entry = {**record, "time": round(time.time(), 1)}
+    for name, x in entry.items():
+        if isinstance(x, float) and not math.isfinite(x):
+            entry[name] = None  # JSON has no nan and inf
     with open(f"{args.out}/log.jsonl", "a") as f:
-        f.write(json.dumps({**record, "time": round(time.time(), 1)}) + "\n")
+        f.write(json.dumps(entry) + "\n")
         f.flush()
         os.fsync(f.fileno())
     cells = {name: f"{x:.3f}" if isinstance(x, float) else str(x) for name, x in record.items()}
@@ -603,6 +610,8 @@ def get_args(argv=None):
         low = 1 if name in AT_LEAST_1 else 0
         if isinstance(x, (int, float)) and not low <= x < math.inf:
             p.error(f"--{name} is {x}: it must be a finite number, {low} or more")
+    if args.num_eval_samples < 2:
+        p.error("--num_eval_samples is 1: a standard error needs 2 or more")
     if algo == "ipo" and args.beta == 0:
         p.error("--beta is 0, but ipo's target margin is 1/(2 beta)")
     settings = [f"{name}{getattr(args, name):g}" for name in ALGOS[algo] if name not in AT_LEAST_1]

@@ -290,7 +290,8 @@ def test_losses_are_finite_at_differences_of_ten_thousand():
         b = torch.tensor([-50.0 - sign * 1e4, -60.0]).requires_grad_()
         losses = [spo.spo_loss(a, b, alpha) for alpha in (0.0, 0.01, 1.0)]
         losses += [spo.best_of_n_loss(torch.stack((a, b, b), 1), zero, 1.0),
-                   spo.ranked_loss(torch.stack((a, b), 1), 1.0), spo.dpo_loss(a, b, ref, ref, 1.0), spo.ipo_loss(a, b, ref, ref, 0.1), spo.slic_loss(a, b, 1.0)]
+                   spo.ranked_loss(torch.stack((a, b), 1), 1.0), spo.dpo_loss(a, b, ref, ref, 1.0),
+                   spo.ipo_loss(a, b, ref, ref, 0.1), spo.slic_loss(a, b, 1.0)]
         for loss in losses:
             gradients = torch.autograd.grad(loss.sum(), (a, b))
             assert all(x.isfinite().all() for x in (loss, *gradients))

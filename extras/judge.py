@@ -146,7 +146,7 @@ def read_log(out):
 
 
 def read_evaluations(out):
-    return [record for record in read_log(out) if "win_rate" in record]
+    return [record for record in read_log(out) if record.get("win_rate") is not None]
 
 
 def best_evaluation(out):

@@ -74,7 +74,8 @@ def test_pairs_are_labelled_by_the_experts_taste_with_draws_of_the_seed(tmp_path
     data = tmp_path / "data"
     prepare_data.main(["toy-naive", "--data", str(data), "--tokenizer", TOKENIZER, *SMALLEST, "--seed", "3",
                        "--num_pairs", "60"])
-    assert texts(data, "stories")[0] == write_stories(1, seed=6) and texts(data, "heldout")[0] == write_stories(1, seed=7)
+    assert texts(data, "stories")[0] == write_stories(1, seed=6)
+    assert texts(data, "heldout")[0] == write_stories(1, seed=7)
     y = spo.sample(load(data / "sft.pt"), 120, 100, spo.rng(3, prepare_data.PAIRS)).view(60, 2, -1)
     stories = load_tokenizer(TOKENIZER, 640).decode(y.flatten(0, 1).tolist())
 

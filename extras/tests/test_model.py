@@ -190,7 +190,8 @@ def test_damaged_files_are_read_or_refused_in_one_sentence(tmp_path, monkeypatch
     for checkpoint in checkpoints:
         torch.save(checkpoint, "sft.pt")
         texts.append(refusal("sft.pt", Path("sft.pt").read_bytes()))
-    for rows in (y.astype(int), y[:, 0], y.cumsum(2, dtype=y.dtype), y - 1, y[:7], y[:, :1], y[..., :1], y.repeat(2, 2)):
+    for rows in (y.astype(int), y[:, 0], y.cumsum(2, dtype=y.dtype), y - 1, y[:7], y[:, :1], y[..., :1],
+                 y.repeat(2, 2)):
         np.save("pairs.npy", rows)
         texts.append(refusal("pairs.npy", Path("pairs.npy").read_bytes()))
     texts.append(refusal("pairs.npy", good["pairs.npy"][:8] + b"\xff\xff" + good["pairs.npy"][10:]))  # a long header

@@ -135,6 +135,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_five_in_a_row_stop(world, tmp_
     monkeypatch.setattr(spo, "preference_loss", preference_loss)
     log = run(world, tmp_path / "a", "--log_every", "1")
     assert [r["skipped"] for r in log if "loss" in r] == [0, 1, 1, 1, 2, 3, 3, 4, 5, 5]
+    assert [r["step"] for r in log if r.get("loss", 0) is None] == [2, 5, 6, 8, 9]  # null, for JSON has no nan
     assert "step 4 is skipped" in capsys.readouterr().out and weights(tmp_path / "a/ckpt.pt").isfinite().all()
     bad, step = set(range(6, 11)), 0
     with pytest.raises(model.UserError, match="steps 6 to 10 were not finite: start again with a lower --lr"):
@@ -228,10 +229,12 @@ def test_defaults_are_e2s_and_one_flag_belongs_to_one_algorithm(capsys):
     ("--algo dpo --alpha 0.1", "unrecognized arguments: --alpha 0.1"), ("--alpha -1", "alpha is -1"),
     ("--alpha nan", "alpha is nan"), ("--alpha inf", "alpha is inf"), ("--beta -0.1", "beta is -0.1"),
     ("--algo ipo --beta 0", "beta is 0"), ("--num_rollouts 0", "num_rollouts is 0"), ("--steps ten", "invalid int"),
-    ("--rollout_every 0", "rollout_every is 0"), ("--batch_size 100", "has 48 rows"), ("--device nowhere", "nowhere"),
+    ("--num_eval_samples 1", "num_eval_samples is 1"), ("--rollout_every 0", "rollout_every is 0"),
+    ("--batch_size 100", "has 48 rows"), ("--device nowhere", "nowhere"),
     ("--max_new_tokens 129", "the model reads 128"), ("--init nowhere.pt", "nowhere.pt is not a file"),
     ("--data {tmp}/four", "rows of 4 responses"), ("--data {tmp}/long", "lengths that this model does not have"),
-    ("--data {tmp}/word", "holds tokens or lengths"), ("--data nowhere", "nowhere/"), ("--tokenizer nowhere.model", "nowhere.model is missing"),
+    ("--data {tmp}/word", "holds tokens or lengths"), ("--data nowhere", "nowhere/"),
+    ("--tokenizer nowhere.model", "nowhere.model is missing"),
     ("--out {tmp}/file/run", "cannot be created"), ("--resume", "nothing to resume"), ("--judge gpt", "invalid choice"),
 ])
 def test_a_wrong_flag_is_one_sentence_and_status_2(world, tmp_path, flags, words, capsys):
