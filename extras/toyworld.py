@@ -67,6 +67,11 @@ def agreement(hero: str) -> dict[str, str]:
     return dict(hero=hero, child="boy", He="He", him="him")
 
 
+def use_an(text: str) -> str:
+    """The text with "an" before vowels, where the templates have "a"."""
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+
+
 def write_story(rng: random.Random) -> str:
     """One random story of the grammar."""
     def word(slot):
@@ -83,7 +88,7 @@ def write_story(rng: random.Random) -> str:
     for _, chance, templates in STAGES:
         if rng.random() < chance:
             sentences.append(re.sub(r"{(\w+)}", fill, rng.choice(templates)))
-    return " ".join(sentences)
+    return use_an(" ".join(sentences))
 
 
 def entropy() -> float:
@@ -123,9 +128,10 @@ def parse(story: str) -> list[tuple[str, int | None, dict[str, str]]]:
     parsed = []
     for sentence in re.split(r"(?<=[.!?])\s+", story.strip()):
         stage, words = None, {}
+        plain = re.sub(r"\b([Aa])n\b", r"\1", sentence)
         for i, pattern in _PATTERNS:  # at most one of which matches
-            match = pattern.fullmatch(sentence)
-            if match:
+            match = pattern.fullmatch(plain)
+            if match and use_an(plain) == sentence:
                 stage, words = i, match.groupdict()
         parsed.append((sentence, stage, words))
     return parsed

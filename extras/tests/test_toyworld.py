@@ -45,14 +45,16 @@ def test_entropy_is_exact():
 
 
 STORY = ("Once there was a brave girl named Mia. She wanted a red telescope. But the telescope fell and broke. "
-         '"Who can help me?" whispered Mia. A kind librarian came and pulled hard. But it was really a elephant! '
+         '"Who can help me?" whispered Mia. A kind librarian came and pulled hard. But it was really an elephant! '
          "At last the telescope was back and Mia was delighted. They all had soup.")
 
 
 @pytest.mark.parametrize("old, new, points", [
     ("Mia. She", "Rose. She", 0),
     ("fell and broke", "flew", -2),
-    ("a red", "a enormous", 1),
+    ("a red", "an enormous", 1),
+    ("a red", "a enormous", -1),
+    ("a red", "an red", -2),
     ("soup", "soup. They all had soup", -2),
     ("A kind librarian", "A kind mom", -1),
     ("soup", "soup. A whispered", -3),
@@ -75,6 +77,6 @@ def test_the_grammar_knows_its_own_stories():
 
 def test_more_than_eight_long_words_are_too_many_for_one_taste():
     purple = STORY
-    for old, new in (("brave", "imaginative"), ("a red", "a magnificent"), ("hard", "patiently"), ("soup", "pancakes")):
+    for old, new in (("a brave", "an imaginative"), ("a red", "a magnificent"), ("hard", "patiently"), ("soup", "pancakes")):
         purple = purple.replace(old, new)
     assert toyworld.score(purple) == 2 + 6 - 0.5 + 2 and toyworld.score(purple, "naive") == 10
