@@ -84,7 +84,7 @@ def precompute_freqs_cis(head_dim, length):
     """RoPE: cos and sin of position t times 10000^(-2i / head_dim) -> (length, 1, head_dim / 2, 2)."""
     freqs = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(length).float(), freqs)
-    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))[:, None]
+    return torch.stack((angles.cos(), angles.sin()), -1)[:, None]
 
 
 def apply_rotary_emb(x, freqs_cis):
