@@ -211,8 +211,9 @@ def sample_token(logits, uniforms, temperature, top_k):
 @torch.no_grad()
 def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, generator=None):
     """
-    Continues prompt (B, P), token ids, to tokens (B, P + max_new_tokens). A row that has sampled BOS is finished
-    and holds BOS from there on; finished rows leave the batch, a quarter of it at a time.
+    Continues prompt (B, P), token ids, to tokens (B, P + max_new_tokens). Shorter prompts are padded with -1 at their
+    end, and continued from there. A row that has sampled BOS is finished and holds BOS from there on; finished rows
+    leave the batch, a quarter of it at a time.
 
     One uniform number per token is drawn beforehand, so what a row samples does not depend on the other rows.
     """
@@ -223,19 +224,24 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, generat
     B, P = prompt.shape
     if hasattr(model, "args"):
         assert P + max_new_tokens <= model.args.max_seq_len + 1, f"the model reads {model.args.max_seq_len} tokens"
+    lengths = (prompt >= 0).sum(1)                      # (B,)
+    shortest = int(lengths.min())
+    assert 0 < shortest and (prompt[:, :shortest] >= 0).all(), "prompts hold a token or more, and -1 only at their end"
     device = prompt.device if generator is None else generator.device
-    uniforms = torch.rand(B, max_new_tokens, generator=generator, device=device).to(prompt.device)
-    tokens = torch.cat((prompt, prompt.new_full((B, max_new_tokens), BOS)), 1)
+    uniforms = torch.rand(B, P - shortest + max_new_tokens, generator=generator, device=device).to(prompt.device)
+    tokens = F.pad(prompt.masked_fill(prompt < 0, BOS), (0, max_new_tokens), value=BOS)
     rows = torch.arange(B, device=prompt.device)        # the rows in the cache, some of them finished
     finished = torch.zeros(B, dtype=torch.bool, device=prompt.device)
     cache = KVCache(P + max_new_tokens - 1)             # the last token is not read again
-    input_tokens = prompt
-    for t in range(max_new_tokens):
+    input_tokens = prompt[:, :shortest]
+    for t in range(shortest, P + max_new_tokens):
         logits = model(input_tokens, cache)[:, -1]                                  # (len(rows), V)
-        next_token = sample_token(logits, uniforms[rows, t:t + 1], temperature, top_k)
+        next_token = sample_token(logits, uniforms[rows, t - shortest][:, None], temperature, top_k)
         next_token = torch.where(finished, BOS, next_token)
-        tokens[rows, P + t] = next_token
-        finished |= next_token == BOS
+        given = t < lengths[rows]                       # these rows are still reading their prompts
+        next_token = torch.where(given, tokens[rows, t], next_token)
+        tokens[rows, t] = next_token
+        finished |= (next_token == BOS) & ~given
         if 4 * finished.sum() >= len(rows):  # not at every end, for it copies the cache
             cache.select_rows(~finished)
             rows, next_token, finished = rows[~finished], next_token[~finished], finished[~finished]

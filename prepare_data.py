@@ -28,13 +28,15 @@ from extras.make_pairs import make_pairs
 from extras.preferences import read_preferences
 from extras.reward_model import fit_reward_model
 from model import BOS, ModelArgs, Transformer, UserError, atomic_write, file_hash, load, load_tokenizer, save
-from spo import BATCH, MODELS, batch_indices, dataset_logp, micro_batches, response_mask, rng, sample, seq_logp
+from spo import (BATCH, MODELS, PROMPT_LENGTH, Responses, batch_indices, dataset_logp, micro_batches, no_prompts, rng,
+                 sample, seq_logp)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAIRS, RANKED, REF, HELDOUT, MADE = range(100, 105)  # purposes of spo.rng: what is sampled for
 TOY_FILES, CHECKPOINT_FILES = ("stories.npy", "heldout.npy", "sft.pt"), ("sft.pt", "tokenizer.model")
 PAIR_FILES = ("pairs.npy", "heldout_pairs.npy")
-SOURCE_FILES = (*PAIR_FILES, "ranked.npy", "heldout_ranked.npy", "best.npy", "heldout_best.npy", "ref.npy", "made.npy",
+RESPONSE_FILES = (*PAIR_FILES, "ranked.npy", "heldout_ranked.npy", "best.npy", "heldout_best.npy", "ref.npy")
+SOURCE_FILES = (*RESPONSE_FILES, *(name.replace(".npy", PROMPT_LENGTH) for name in RESPONSE_FILES), "made.npy",
                 "made.jsonl", "reward.pt")
 
 
@@ -47,12 +49,13 @@ def pad(rows, width):
     return tokens
 
 
-def sample_rows(folder, rows, n, purpose):
-    """Samples of the folder's sft.pt -> tokens (rows, n, T)."""
+def sample_rows(folder, prompts, n, purpose):
+    """n samples of the folder's sft.pt for each prompt (rows, P), padded with -1 -> tokens (rows, n, T)."""
     model = load(f"{folder.path}/sft.pt", DEVICE)
     max_new_tokens = MODELS[folder.settings["model"]]["max_new_tokens"]
-    y = sample(model, rows * n, max_new_tokens, rng(folder.settings["seed"], purpose))
-    return y.cpu().view(rows, n, -1)
+    prompts = prompts.repeat_interleave(n, 0)
+    y = sample(model, prompts, max_new_tokens, rng(folder.settings["seed"], purpose))
+    return y.cpu().view(-1, n, y.shape[1])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -74,6 +77,7 @@ def train_tokenizer(path):
 
 def pretrain(stories, heldout, steps, seed):
     """Trains the toy model by maximum likelihood on stories (N, 1, T) -> Transformer."""
+    stories, heldout = Responses(stories), Responses(heldout)
     batch_size, micro_batch_size, max_lr, warmup = 32, 16, 5e-3, 50
     torch.manual_seed(seed)
     model = Transformer(ModelArgs(**toyworld.MODEL_ARGS)).to(DEVICE)
@@ -85,8 +89,8 @@ def pretrain(stories, heldout, steps, seed):
         optimizer.zero_grad()
         total = 0.0
         batch = batch_indices(len(stories), batch_size, seed, BATCH, step)
-        for _, y in micro_batches(stories, batch, micro_batch_size, DEVICE):
-            loss = -seq_logp(model, y, response_mask(y)).sum() / batch_size
+        for _, y, mask in micro_batches(stories, batch, micro_batch_size, DEVICE):
+            loss = -seq_logp(model, y, mask).sum() / batch_size
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -103,6 +107,13 @@ def sample_ranking(y, r, generator):
     gumbel = -torch.rand(r.shape, generator=generator).log().neg().log()
     order = (r + gumbel).argsort(1, descending=True)                                # (N, n)
     return y.gather(1, order[:, :, None].expand_as(y))
+
+
+def opening_sentences(stories, tokenizer):
+    """The first sentence of each story as a prompt -> tokens (N, P), BOS first, padded with -1."""
+    sentences = [story.partition(". ")[0] + "." for story in stories]
+    prompts = [torch.tensor([BOS, *tokens]) for tokens in tokenizer.encode(sentences)]
+    return torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=-1)
 
 
 def prepare_toy(folder, tokenizer):
@@ -122,15 +133,22 @@ def prepare_toy(folder, tokenizer):
     if settings["source"] != "toy":
         return
     num_pairs = settings["num_pairs"]
-    for name, rows, n, purpose in (("ranked.npy", num_pairs // 2, 4, RANKED), ("pairs.npy", num_pairs, 2, PAIRS),
-                                   ("heldout_pairs.npy", max(1, num_pairs // 8), 2, HELDOUT)):
-        if not folder.has(name):
-            y = sample_rows(folder, rows, n, purpose)
+    for name, rows, n, purpose in (("ranked", num_pairs // 2, 4, RANKED), ("pairs", num_pairs, 2, PAIRS),
+                                   ("heldout_pairs", max(1, num_pairs // 8), 2, HELDOUT)):
+        if not folder.has(f"{name}.npy"):
+            prompts = no_prompts(rows)
+            if settings["prompted"]:
+                stories = np.load(f"{folder.path}/{'heldout' if purpose == HELDOUT else 'stories'}.npy")
+                prompts = opening_sentences(tokenizer.decode(stories[:, 0].tolist()), tokenizer)
+                prompts = prompts[torch.arange(rows) % len(prompts)]
+                folder.save_tokens(f"{name}{PROMPT_LENGTH}", (prompts >= 0).sum(1))
+            y = sample_rows(folder, prompts, n, purpose)
             taste = toyworld.TASTES[settings["model"]]
             r = [toyworld.reward(text, taste) for text in tokenizer.decode(y.flatten(0, 1).tolist())]
-            folder.save_tokens(name, sample_ranking(y, torch.tensor(r).view(rows, n), rng(seed, purpose)))
-    if not folder.has("best.npy"):
-        folder.save_tokens("best.npy", np.load(f"{folder.path}/ranked.npy"))
+            folder.save_tokens(f"{name}.npy", sample_ranking(y, torch.tensor(r).view(rows, n), rng(seed, purpose)))
+    for suffix in (PROMPT_LENGTH, ".npy"):
+        if folder.has(f"ranked{suffix}") and not folder.has(f"best{suffix}"):
+            folder.save_tokens(f"best{suffix}", np.load(f"{folder.path}/ranked{suffix}"))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -227,6 +245,8 @@ def get_args(argv=None):
     p.add_argument("--seed", type=int, help="of stories, training and samples (default: 0)")
     p.add_argument("--num_stories", type=int, help="stories of the grammar to train on (default: 20000)")
     p.add_argument("--sft_steps", type=int, help="steps of that training (default: 1000)")
+    p.add_argument("--prompted", action="store_true", default=None,
+                   help="toy: both responses of a row continue the first sentence of a story")
     p.add_argument("--num_pairs", type=int, help="pairs to sample; half as many rows of four (default: 4000)")
     p.add_argument("--num_ref", type=int, help="samples of the reference model in ref.npy (default: 2000)")
     p.add_argument("--reward_steps", type=int, help="steps of fitting reward.pt; 0: none (default: 1000; if toy none)")
@@ -245,6 +265,8 @@ def get_settings(args, folder):
     defaults = dict(model=args.model, source=source)
     if toy:
         defaults.update(num_stories=20_000, sft_steps=1000)
+    if source == "toy":
+        defaults.update(prompted=False)
     if source is not None:
         defaults.update(seed=0, num_ref=2000, reward_steps=None if toy else 1000)
     if source in ("toy", "made"):
@@ -286,10 +308,15 @@ def prepare(folder, tokenizer_path):
     if model in toyworld.TASTES:
         prepare_toy(folder, tokenizer)
     if source is not None and not folder.has("ref.npy"):
-        folder.save_tokens("ref.npy", sample_rows(folder, settings["num_ref"], 1, REF))
+        prompts = no_prompts(settings["num_ref"])
+        if folder.has(f"pairs{PROMPT_LENGTH}"):
+            pairs = Responses(*(np.load(f"{folder.path}/pairs{suffix}") for suffix in (".npy", PROMPT_LENGTH)))
+            prompts = pairs.prompts(torch.arange(len(prompts)) % len(pairs))
+            folder.save_tokens(f"ref{PROMPT_LENGTH}", (prompts >= 0).sum(1))
+        folder.save_tokens("ref.npy", sample_rows(folder, prompts, 1, REF))
     if make_pairs_now:
         if not folder.has("made.npy"):
-            folder.save_tokens("made.npy", sample_rows(folder, settings["num_pairs"], 2, MADE))
+            folder.save_tokens("made.npy", sample_rows(folder, no_prompts(settings["num_pairs"]), 2, MADE))
         save_preferences(folder, "pairs", make_pairs(folder, tokenizer))
     if settings.get("reward_steps") and not folder.has("reward.pt"):
         save_reward_model(folder)

@@ -31,16 +31,20 @@ from model import BOS, UserError, atomic_write, file_hash, generate, load, load_
 CHUNK = 4096  # positions whose logits, 32,000 numbers each, are in memory at a time
 
 
-def response_mask(tokens):
+def response_mask(tokens, prompt_length=1):
     """
-    tokens (N, T): BOS, a response, BOS, padding with BOS -> mask (N, T), 1 on the response and the BOS that ends it.
+    tokens (N, T): BOS, a prompt or none, a response, BOS, padding with BOS; prompt_length: the tokens of the prompts,
+    BOS included, one number or (N,) -> mask (N, T), 1 on the response and the BOS that ends it.
 
         1 5 6 1 1 1  ->  0 1 1 1 0 0
         1 5 6 7 8 9  ->  0 1 1 1 1 1    cut at the length limit, so it has no end
+        1 5 6 7 8 1  ->  0 0 0 1 1 1    with prompt_length 3
     """
     is_bos = tokens[:, 1:] == BOS
     num_bos = is_bos.cumsum(1)
-    counts = (num_bos == 0) | ((num_bos == 1) & is_bos)
+    counts = (num_bos == 0) | ((num_bos == 1) & is_bos)                             # (N, T-1)
+    positions = torch.arange(1, tokens.shape[1], device=tokens.device)
+    counts &= positions >= torch.as_tensor(prompt_length, device=tokens.device).view(-1, 1)
     return F.pad(counts, (1, 0)).long()
 
 
@@ -173,32 +177,43 @@ def token_kl(logits, ref_logits, mask):
     return (kl_per_token(logits, ref_logits) * mask).sum(1)
 
 
-def rollout_kl(policy, ref, y, ref_hidden):
+def rollout_kl(policy, ref, y, mask, ref_hidden):
     """token_kl of the rollouts y (R, T) without ever holding (R, T, V) logits -> (R,)."""
     def kl_at(hidden, ref_hidden):                                                  # (M, dim), (M, dim) -> (M,)
         return kl_per_token(policy.output(hidden), ref.output(ref_hidden))
-    return sum_over_tokens(kl_at, response_mask(y)[:, 1:].bool(), policy.hidden(y[:, :-1]), ref_hidden)
+    return sum_over_tokens(kl_at, mask[:, 1:].bool(), policy.hidden(y[:, :-1]), ref_hidden)
+
+
+def no_prompts(n):
+    """The prompts of n samples that start from BOS alone -> (n, 1)."""
+    return torch.full((n, 1), BOS)
 
 
 @torch.no_grad()
-def sample(model, n, max_new_tokens, generator, generate=generate):
-    """n samples of pi(y), at temperature 1 and from all tokens -> tokens (n, T), padded with BOS."""
-    prompt = torch.full((n, 1), BOS, device=next(model.parameters()).device)
-    samples = [generate(model, part, max_new_tokens, generator=generator) for part in prompt.split(256)]
+def sample(model, prompts, max_new_tokens, generator, generate=generate):
+    """
+    A sample of pi(y | x) for each prompt x (n, P), padded with -1, at temperature 1 and from all tokens -> tokens
+    (n, T), padded with BOS. max_new_tokens counts the prompt too, but for its BOS.
+    """
+    prompts = prompts.to(next(model.parameters()).device)
+    num_tokens = 1 + max_new_tokens - prompts.shape[1]
+    samples = [generate(model, part, num_tokens, generator=generator) for part in prompts.split(256)]
     return trim_padding(torch.cat(samples))
 
 
 @torch.no_grad()
-def with_reference(ref, rollouts, micro_batch_size):
-    """The rollouts in micro-batches, each with the reference's hidden states on it: [(y, ref_hidden)]."""
-    return [(y, ref.hidden(y[:, :-1])) for y in rollouts.split(micro_batch_size)]
+def with_reference(ref, y, mask, micro_batch_size):
+    """Rollouts y (R, T) in micro-batches, each with the reference's hidden states on it: [(y, mask, ref_hidden)]."""
+    micro_batches = zip(y.split(micro_batch_size), mask.split(micro_batch_size))
+    return [(y, mask, ref.hidden(y[:, :-1])) for y, mask in micro_batches]
 
 
 # ---------------------------------------------------------------------------------------------------
 # Data. A file holds tokens (N, n, T), uint16: n responses per row, best first. Every random draw has a generator of
 # its own, seeded by what it is for and when, so that a resumed run draws what it would have drawn.
 
-BATCH, SLIC_BATCH, ROLLOUT, EVAL, SHOW = range(5)  # purposes; extras/judge.py draws for the last two
+PROMPT_LENGTH = "_prompt_length.npy"  # pairs.npy has its prompts' lengths in pairs_prompt_length.npy, if it has any
+BATCH, SLIC_BATCH, ROLLOUT, EVAL, SHOW, PROMPT = range(6)  # purposes; extras/judge.py draws for EVAL and SHOW
 
 
 def rng(*key):
@@ -208,14 +223,43 @@ def rng(*key):
     return torch.Generator().manual_seed(seed)
 
 
+class Responses:
+    """tokens (N, n, T), and prompt_length (N,): the tokens of each row's prompt, BOS included, by default BOS alone."""
+
+    def __init__(self, tokens, prompt_length=None):
+        self.tokens = tokens
+        self.prompt_length = torch.ones(len(tokens), dtype=torch.long)
+        if prompt_length is not None:
+            self.prompt_length = torch.from_numpy(prompt_length.astype("int64"))
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def prompts(self, rows):
+        """The prompts of some rows -> (b, P), padded with -1."""
+        lengths = self.prompt_length[rows]
+        tokens = torch.from_numpy(self.tokens[rows.numpy(), 0, :lengths.max()].astype("int64"))
+        return tokens.masked_fill(torch.arange(lengths.max()) >= lengths[:, None], -1)
+
+
 def load_responses(path, model_args, min_rows=1, num_responses=None):
-    """The token file at path -> uint16 (N, n, T), N >= min_rows, n = num_responses (None: 2 or more), checked."""
+    """
+    The token file at path, and the prompts' lengths where a file has them, checked -> Responses of N >= min_rows rows
+    and n = num_responses (None: 2 or more).
+    """
     import numpy as np  # here, because the losses need nothing but torch
+    lengths_path = path.replace(".npy", PROMPT_LENGTH)
     try:
-        data = np.load(path)
-        if data.dtype != np.uint16 or data.ndim != 3 or data.size == 0:
-            raise ValueError(f"it holds {data.dtype} {data.shape}, not uint16 (rows, responses, tokens)")
-        N, n, T = data.shape
+        tokens, lengths = np.load(path), None
+        if tokens.dtype != np.uint16 or tokens.ndim != 3 or tokens.size == 0:
+            raise ValueError(f"it holds {tokens.dtype} {tokens.shape}, not uint16 (rows, responses, tokens)")
+        N, n, T = tokens.shape
+        if os.path.exists(lengths_path):
+            lengths = np.load(lengths_path)
+            if lengths.shape != (N,) or lengths.min() < 1 or lengths.max() >= T:
+                raise ValueError(f"{os.path.basename(lengths_path)} is not of its rows")
+            if ((tokens != tokens[:, :1]) & (np.arange(T) < lengths[:, None, None])).any():
+                raise ValueError("the responses of a row have different prompts")
     except Exception as e:  # a damaged file can fail in any way
         reason = " ".join(str(e).split())[:80]
         raise UserError(f"{path} cannot be read as a token file ({reason}): `make data` creates it, for a "
@@ -226,9 +270,10 @@ def load_responses(path, model_args, min_rows=1, num_responses=None):
         raise UserError(f"{path} has rows of {n} responses, not of two or more.")
     if num_responses is not None and n != num_responses:
         raise UserError(f"{path} has rows of {n} responses, not of {num_responses}.")
-    if not 2 <= T <= model_args.max_seq_len + 1 or data.max() >= model_args.vocab_size or (data[..., 0] != BOS).any():
+    longest, last = model_args.max_seq_len + 1, model_args.vocab_size - 1
+    if not 2 <= T <= longest or tokens.max() > last or (tokens[..., 0] != BOS).any():
         raise UserError(f"{path} holds tokens or lengths that this model does not have: create it for this model.")
-    return data
+    return Responses(tokens, lengths)
 
 
 def epoch_batches(num_rows, batch_size, seed, purpose, epoch):
@@ -243,14 +288,17 @@ def batch_indices(num_rows, batch_size, seed, purpose, step):
 
 
 def micro_batches(data, rows, micro_batch_size, device):
-    """Rows of data (N, n, T), longest first so that little is padding -> rows (b,), tokens (b * n, T' <= T)."""
-    y = torch.from_numpy(data[rows.numpy()].astype("int64"))                        # (B, n, T)
+    """Rows of the Responses, longest first so that little is padding -> rows (b,), tokens and mask (b * n, T' <= T)."""
+    y = torch.from_numpy(data.tokens[rows.numpy()].astype("int64"))                 # (B, n, T)
     n = y.shape[1]
-    lengths = response_mask(y.flatten(0, 1)).sum(1)                                 # (B * n,)
-    lengths = lengths.view(-1, n).amax(1)                                           # (B,)
-    order = lengths.argsort(descending=True, stable=True)
+    prompt_length = data.prompt_length[rows].repeat_interleave(n)                   # (B * n,)
+    mask = response_mask(y.flatten(0, 1), prompt_length).view(y.shape)              # (B, n, T)
+    ends = (mask * torch.arange(y.shape[2])).amax((1, 2))                           # (B,)
+    order = ends.argsort(descending=True, stable=True)
     for i in order.split(max(1, micro_batch_size // n)):
-        yield rows[i], trim_padding(y[i].flatten(0, 1).to(device))
+        longest = 1 + int(ends[i].max())
+        tokens, counts = (x[i, :, :longest].flatten(0, 1).to(device) for x in (y, mask))
+        yield rows[i], tokens, counts
 
 
 def trim_padding(tokens):
@@ -263,11 +311,10 @@ def trim_padding(tokens):
 def dataset_logp(model, data, batches, micro_batch_size):
     """log pi of the rows in some batches -> (N, n), 0 elsewhere."""
     device = next(model.parameters()).device
-    logp = torch.zeros(data.shape[:2], device=device)
+    logp = torch.zeros(data.tokens.shape[:2], device=device)
     for batch in batches:
-        for rows, y in micro_batches(data, batch, micro_batch_size, device):
-            row_logp = seq_logp(model, y, response_mask(y))                         # (b * n,)
-            logp[rows] = row_logp.view(len(rows), -1)
+        for rows, y, mask in micro_batches(data, batch, micro_batch_size, device):
+            logp[rows] = seq_logp(model, y, mask).view(len(rows), -1)               # (b, n)
     return logp
 
 
@@ -297,6 +344,20 @@ def batch_metrics(pref, logp, mask, batch_size):
     margin = chosen - rejected
     means = [x.sum() / batch_size for x in (margin, (margin > 0).float(), chosen, rejected)]
     return torch.stack((pref.detach(), *means, mask.sum()))
+
+
+def sample_rollouts(args, policy, data, step, generate):
+    """R samples y of the policy, for the prompts of R rows drawn from the data, and their mask -> both (R, T)."""
+    rows = torch.randint(len(data), (args.num_rollouts,), generator=rng(args.seed, PROMPT, step))
+    y = sample(policy, data.prompts(rows), args.max_new_tokens, rng(args.seed, ROLLOUT, step), generate)
+    return y, response_mask(y, data.prompt_length[rows])
+
+
+def is_best(args, results, best_win_rate):
+    """Whether an evaluation has the highest win rate so far, within the bound on the KL."""
+    win_rate = results.get("win_rate")
+    kl = results.get("kl", 0.0)
+    return None not in (win_rate, kl) and kl <= args.max_kl and win_rate > best_win_rate  # None: it was not finite
 
 
 def train(args, evaluate=None, generate=generate, stop=None):
@@ -330,7 +391,7 @@ def train(args, evaluate=None, generate=generate, stop=None):
                  history=history, best_win_rate=best_win_rate, skipped=skipped, args=vars(args))
             if evaluate and not stopped:
                 results = evaluate(policy, ref, step)
-                if results.get("win_rate", -1.0) > best_win_rate:
+                if is_best(args, results, best_win_rate):
                     best_win_rate = results["win_rate"]
                     save(policy, f"{args.out}/best.pt")
                 log(args, step=step, **results)
@@ -345,9 +406,8 @@ def train(args, evaluate=None, generate=generate, stop=None):
         if use_kl and (step % args.rollout_every == 0 or step == start_step):
             with autocast(args):
                 if step % args.rollout_every == 0:  # else resumed, with the rollouts of the checkpoint
-                    generator = rng(args.seed, ROLLOUT, step)
-                    rollouts = sample(policy, args.num_rollouts, args.max_new_tokens, generator, generate)  # (R, T)
-                rollout_batches = with_reference(ref, rollouts, args.micro_batch_size)
+                    rollouts = sample_rollouts(args, policy, data, step, generate)  # y and mask, (R, T)
+                rollout_batches = with_reference(ref, *rollouts, args.micro_batch_size)
 
         # 2. the preference loss, on a batch of the data
         optimizer.zero_grad()
@@ -357,8 +417,7 @@ def train(args, evaluate=None, generate=generate, stop=None):
                 logp_w, logp_l = dataset_logp(policy, data, [batch], args.micro_batch_size)[batch].T
             mu[batch] = pair_weight(logp_w, logp_l, args.gamma)
         metrics = torch.zeros(6, device=args.device)
-        for rows, y in micro_batches(data, batch, args.micro_batch_size, args.device):
-            mask = response_mask(y)
+        for rows, y, mask in micro_batches(data, batch, args.micro_batch_size, args.device):
             with autocast(args):
                 logp = seq_logp(policy, y, mask).view(len(rows), -1)                # (b, n)
             pref = preference_loss(args, logp, ref_logp[rows], mu[rows]).sum() / args.batch_size
@@ -367,16 +426,16 @@ def train(args, evaluate=None, generate=generate, stop=None):
 
         # 3. + beta * the regularizer: the KL on the rollouts; for SLiC-HF the NLL of samples of the reference
         reg = torch.zeros(1, device=args.device)
-        for y, ref_hidden in rollout_batches:
+        for y, mask, ref_hidden in rollout_batches:
             with autocast(args):
-                kl = rollout_kl(policy, ref, y, ref_hidden).sum() / args.num_rollouts
+                kl = rollout_kl(policy, ref, y, mask, ref_hidden).sum() / args.num_rollouts
             (args.beta * kl).backward()
             reg += kl.detach()
         if args.algo == "slic":
             batch = batch_indices(len(ref_samples), args.batch_size, args.seed, SLIC_BATCH, step)
-            for _, y in micro_batches(ref_samples, batch, args.micro_batch_size, args.device):
+            for _, y, mask in micro_batches(ref_samples, batch, args.micro_batch_size, args.device):
                 with autocast(args):
-                    nll = -seq_logp(policy, y, response_mask(y)).sum() / args.batch_size
+                    nll = -seq_logp(policy, y, mask).sum() / args.batch_size
                 (args.beta * nll).backward()
                 reg += nll.detach()
 
@@ -404,17 +463,24 @@ def train(args, evaluate=None, generate=generate, stop=None):
 # ---------------------------------------------------------------------------------------------------
 # A run's folder: settings.json, log.jsonl, best.pt, and ckpt.pt, which --resume continues from
 
+def hash_files(args, *names):
+    """Records which of these files of args.data the run reads, to be compared when it is resumed."""
+    for name in names:
+        if os.path.exists(f"{args.data}/{name}"):
+            args.hashes[name] = file_hash(f"{args.data}/{name}")
+
+
 def load_data(args, model_args):
-    """The preference data (N, n, T), best first, and for SLiC-HF samples of the reference (M, 1, T)."""
+    """The preference data, and for SLiC-HF samples of the reference, as Responses."""
     name = {"best_of_n": "best.npy", "ranked": "ranked.npy"}.get(args.algo, "pairs.npy")
     data = load_responses(f"{args.data}/{name}", model_args, args.batch_size, 2 if name == "pairs.npy" else None)
     args.hashes["init"] = file_hash(args.init)
-    args.hashes[name] = file_hash(f"{args.data}/{name}")
+    hash_files(args, name, name.replace(".npy", PROMPT_LENGTH))
     if args.max_new_tokens > model_args.max_seq_len:
         raise UserError(f"--max_new_tokens is {args.max_new_tokens}, but the model reads {model_args.max_seq_len}.")
     if args.algo != "slic":
         return data, None
-    args.hashes["ref.npy"] = file_hash(f"{args.data}/ref.npy")
+    hash_files(args, "ref.npy", f"ref{PROMPT_LENGTH}")
     return data, load_responses(f"{args.data}/ref.npy", model_args, args.batch_size, 1)
 
 
@@ -466,18 +532,19 @@ def load_run(args, policy, optimizer):
     try:
         earlier = checkpoint["args"] | checkpoint["args"]["hashes"]
         now = vars(args) | args.hashes
-        for name in sorted(now.keys() - MAY_DIFFER):
-            if earlier.get(name) != now[name]:
+        for name in sorted((now.keys() | earlier.keys()) - MAY_DIFFER):
+            if earlier.get(name) != now.get(name):
                 raise UserError(f"{args.out} was started with {name} {str(earlier.get(name))[:20]}, not "
-                                f"{str(now[name])[:20]}: resume with the same, or start another run with --out.")
+                                f"{str(now.get(name))[:20]}: resume with the same, or start another run with --out.")
         if checkpoint["step"] > args.steps:
             raise UserError(f"{args.out} is at step {checkpoint['step']} already: give --steps that many or more.")
         policy.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         assert all(row.shape == (len(METRICS),) for row in checkpoint["history"]), "history"
-        assert checkpoint["rollouts"] is None or checkpoint["rollouts"].max() < policy.args.vocab_size, "rollouts"
-        win_rates = [r.get("win_rate") for r in cut_log(args, checkpoint["step"])]
-        checkpoint["best_win_rate"] = max([checkpoint["best_win_rate"], *(x for x in win_rates if x is not None)])
+        assert checkpoint["rollouts"] is None or checkpoint["rollouts"][0].max() < policy.args.vocab_size, "rollouts"
+        for record in cut_log(args, checkpoint["step"]):
+            if is_best(args, record, checkpoint["best_win_rate"]):
+                checkpoint["best_win_rate"] = record["win_rate"]
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as e:
         raise UserError(f"{args.out} is not what a run from {args.init} leaves, in ckpt.pt or log.jsonl: "
                         f"{' '.join(str(e).split())[:80]}.") from None
@@ -520,6 +587,8 @@ def log(args, **record):
     else:
         text = "  ".join(f"{name} {x}" for name, x in cells.items())
         print(textwrap.fill(text, 80), flush=True)
+        if record.get("kl", 0.0) > args.max_kl:
+            print(f"warning: kl is above --max_kl {args.max_kl:g}: best.pt stays as it is", flush=True)
 
 
 def log_training(args, step, history, lr, skipped):
@@ -551,9 +620,9 @@ HELP = dict(alpha="softness: the fixed point is softmax(r / alpha)", gamma="expo
             num_rollouts="samples per rollout, R", rollout_every="steps between rollouts, Appendix D's k")
 # Per model. PAPER is E.2's, but for lr, which the paper does not give: a guess, not measured.
 TOY = dict(batch_size=16, micro_batch_size=64, lr=2e-4, warmup=50, steps=500, max_new_tokens=100, eval_every=50,
-           num_eval_samples=256, judge="toy")
+           num_eval_samples=256, judge="toy", max_kl=100.0)
 PAPER = dict(batch_size=128, micro_batch_size=32, lr=1e-5, warmup=5000, steps=40000, max_new_tokens=255,
-             eval_every=1000, num_eval_samples=1000, judge="reward", num_rollouts=32)
+             eval_every=1000, num_eval_samples=1000, judge="reward", max_kl=10.0, num_rollouts=32)
 MODELS = {"toy": TOY, "toy-naive": TOY | {"judge": "toy-naive"}, "stories260K": PAPER, "stories15M": PAPER,
           "stories42M": PAPER, "stories110M": PAPER}
 JUDGES = ("none", "toy", "toy-naive", "reward", "llm")
@@ -588,6 +657,7 @@ def get_args(argv=None):
                    help="of win rates: the toy world's experts, <data>/reward.pt, or an endpoint")
     g.add_argument("--eval_every", type=int, help="steps between evaluations, and checkpoints")
     g.add_argument("--num_eval_samples", type=int, help="samples per evaluation")
+    g.add_argument("--max_kl", type=float, help="best.pt is of an evaluation whose KL is at most this, in nats")
     g.add_argument("--log_every", type=int, default=10, help="steps between training records")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     g = p.add_argument_group("run")

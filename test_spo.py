@@ -317,21 +317,29 @@ def all_responses(vocab_size, length=4):
     return torch.tensor([(BOS, *y) for y in ended + list(itertools.product(others, repeat=length))])
 
 
-def slow_logp(model, y):
+def end_of(response):
+    """Where a response ends: at its first BOS after the one that begins it, or where it is cut."""
+    return next((t for t in range(1, len(response)) if response[t] == BOS), len(response) - 1)
+
+
+def slow_logp(model, y, prompt_length=1):
     """log pi of each response (N, T), its end included: one response at a time, no padding, no mask."""
-    def one(response):
-        end = next((t for t in range(1, len(response)) if response[t] == BOS), len(response) - 1)
-        return -F.cross_entropy(model(response[None, :end])[0], response[1:end + 1], reduction="sum")
-    return torch.stack([one(response) for response in y])
+    def one(response, start):
+        end = end_of(response)
+        logits = model(response[None, :end])[0]
+        return -F.cross_entropy(logits[start - 1:], response[start:end + 1], reduction="sum")
+    starts = torch.as_tensor(prompt_length).expand(len(y)).tolist()
+    return torch.stack([one(response, start) for response, start in zip(y, starts)])
 
 
-def slow_kl(policy, ref, y):
+def slow_kl(policy, ref, y, prompt_length=1):
     """Appendix D's KL of each response, likewise."""
-    def one(response):
-        end = next((t for t in range(1, len(response)) if response[t] == BOS), len(response) - 1)
-        p, q = policy(response[None, :end])[0].softmax(-1), ref(response[None, :end])[0].softmax(-1)
+    def one(response, start):
+        end = end_of(response)
+        p, q = (m(response[None, :end])[0, start - 1:].softmax(-1) for m in (policy, ref))
         return (p * (p / q).log()).sum()
-    return torch.stack([one(response) for response in y])
+    starts = torch.as_tensor(prompt_length).expand(len(y)).tolist()
+    return torch.stack([one(response, start) for response, start in zip(y, starts)])
 
 
 def enumerate_kl():
@@ -361,6 +369,8 @@ def test_response_mask_counts_the_response_and_its_end():
     tokens = torch.tensor([[1, 5, 6, 1, 1, 1], [1, 5, 6, 7, 8, 9], [1, 1, 1, 1, 1, 1], [1, 5, 6, 7, 8, 1]])
     assert spo.response_mask(tokens).tolist() == [
         [0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
+    assert spo.response_mask(tokens, torch.tensor([3, 2, 1, 5])).tolist() == [
+        [0, 0, 0, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]]
 
 
 def test_seq_logp_and_kl_against_slow_loops(monkeypatch):
@@ -385,7 +395,7 @@ def test_seq_logp_and_kl_against_slow_loops(monkeypatch):
     ref_hidden = ref.hidden(y[:, :-1]).detach()
 
     def value_and_gradient():
-        both = spo.seq_logp(policy, y, mask) + spo.rollout_kl(policy, ref, y, ref_hidden)
+        both = spo.seq_logp(policy, y, mask) + spo.rollout_kl(policy, ref, y, mask, ref_hidden)
         gradients = torch.autograd.grad(both @ torch.arange(6.0).double(), policy.parameters())
         return torch.cat([both.detach(), *(x.flatten() for x in gradients)])
 
@@ -407,16 +417,26 @@ def test_log_softmax_is_taken_in_float32():
 # ---------------------------------------------------------------------------------------------------
 # Sampling with the cache
 
-def slow_generate(model, y, uniforms, temperature=1.0, top_k=None):
-    """Sampling by the inverse of the cumulative distribution, without a cache, every row to the end."""
-    P = y.shape[1]
-    for t in range(uniforms.shape[1]):
+def slow_generate(model, y, uniforms, temperature=1.0, top_k=None, prompt_length=None):
+    """
+    Sampling by the inverse of the cumulative distribution, without a cache, every row to the end. y (B, P): prompts,
+    of which prompt_length tokens are given, and the others ignored.
+    """
+    given = y
+    lengths = torch.full((len(y),), y.shape[1]) if prompt_length is None else prompt_length
+    start = int(lengths.min())
+    y = y[:, :start]
+    for i in range(uniforms.shape[1]):
         p = (model(y)[:, -1] / temperature).softmax(-1)
         if top_k is not None:
             p = torch.where(p >= p.sort(-1, descending=True).values[:, top_k - 1:top_k], p, 0)
-        token = (p.cumsum(-1) <= uniforms[:, t:t + 1] * p.sum(-1, keepdim=True)).sum(1)
-        finished = (y[:, P:] == BOS).any(1)
-        y = torch.cat((y, torch.where(finished, BOS, token)[:, None]), 1)
+        token = (p.cumsum(-1) <= uniforms[:, i:i + 1] * p.sum(-1, keepdim=True)).sum(1)
+        for row in range(len(y)):
+            if start + i < lengths[row]:
+                token[row] = given[row, start + i]
+            elif (y[row, lengths[row]:] == BOS).any():
+                token[row] = BOS
+        y = torch.cat((y, token[:, None]), 1)
     return y
 
 
@@ -437,22 +457,52 @@ def test_cache_and_generate_against_the_full_forward(n_kv_heads, temperature, to
     assert 5 < (y[:, 3:] == BOS).any(1).sum() < 60
 
 
+def test_prompts_of_mixed_lengths_are_each_continued_as_if_alone():
+    model, generator = tiny(30).double(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        model.tok_embeddings.weight.div_(10)
+    tokens, lengths = torch.randint(2, 30, (40, 7), generator=generator), torch.randint(2, 8, (40,), generator=generator)
+    lengths[:2] = torch.tensor([2, 7])
+    prompts = tokens.masked_fill(torch.arange(7) >= lengths[:, None], -1)
+    y = generate(model, prompts, 20, generator=torch.Generator().manual_seed(5))
+    uniforms = torch.rand(40, 25, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(y, slow_generate(model, tokens, uniforms, prompt_length=lengths))
+    assert 5 < sum((row[n:] == BOS).any().item() for row, n in zip(y, lengths)) < 40  # some end
+    greedy = generate(model, prompts, 20, temperature=0)
+    for row, prompt, n in zip(greedy, tokens, lengths.tolist()):
+        assert torch.equal(row, generate(model, prompt[None, :n], 27 - n, temperature=0)[0])
+    with pytest.raises(AssertionError, match="-1 only at their end"):
+        generate(model, torch.tensor([[1, -1, 3], [1, 2, 3]]), 4)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Three steps of every algorithm against a plain loop: no cache, no micro-batches, one response at a time. Of spo.py it
 # uses the losses and the draws of the batches.
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder with a tiny model and random responses."""
+@pytest.fixture(scope="module", params=["from BOS alone", "prompts"])
+def data(request, tmp_path_factory):
+    """A folder with a tiny model and random responses, also such that continue prompts of 1 to 4 tokens."""
     folder = tmp_path_factory.mktemp("data")
     model = tiny(20, max_seq_len=32)
     with torch.no_grad():
         model.tok_embeddings.weight.div_(8)
     save(model, folder / "sft.pt")
     for purpose, (name, n) in enumerate(dict(pairs=2, best=4, ranked=4, ref=1).items()):
-        y = spo.sample(model, 12 * n, 16, spo.rng(purpose)).view(12, n, -1)
+        lengths = torch.ones(12, dtype=torch.long)
+        if request.param == "prompts":
+            lengths = torch.randint(1, 5, (12,), generator=spo.rng(purpose))
+            np.save(folder / f"{name}_prompt_length.npy", lengths.numpy().astype(np.uint16))
+        prompts = torch.randint(2, 20, (12, lengths.max()), generator=spo.rng(purpose))
+        prompts[:, 0] = BOS
+        prompts[torch.arange(lengths.max()) >= lengths[:, None]] = -1
+        y = spo.sample(model, prompts.repeat_interleave(n, 0), 16, spo.rng(purpose)).view(12, n, -1)
         np.save(folder / f"{name}.npy", y.numpy().astype(np.uint16))
     return folder
+
+
+def read_prompt_length(data, name):
+    path = data / f"{name}_prompt_length.npy"
+    return torch.from_numpy(np.load(path).astype(int)) if path.exists() else torch.ones(12, dtype=torch.long)
 
 
 RUNS = ["spo", "spo --gamma 0.1", "spo --alpha 0", "best_of_n", "ranked", "dpo", "ipo", "slic"]
@@ -470,9 +520,11 @@ def test_three_steps_against_a_plain_loop(data, tmp_path, algo):
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     name = dict(best_of_n="best", ranked="ranked").get(args.algo, "pairs")
     rows, ref_samples = (torch.from_numpy(np.load(data / f"{x}.npy").astype(int)) for x in (name, "ref"))
+    lengths, ref_lengths = read_prompt_length(data, name), read_prompt_length(data, "ref")
     for step, record in enumerate(log):
-        y = rows[spo.batch_indices(12, 4, 0, spo.BATCH, step)]                      # (B, n, T)
-        logp, ref_logp = (slow_logp(m, y.flatten(0, 1)).view(y.shape[:2]) for m in (policy, ref))
+        batch = spo.batch_indices(12, 4, 0, spo.BATCH, step)
+        y, starts = rows[batch], lengths[batch].repeat_interleave(rows.shape[1])    # (B, n, T), (B * n,)
+        logp, ref_logp = (slow_logp(m, y.flatten(0, 1), starts).view(y.shape[:2]) for m in (policy, ref))
         w, l, ref_w, ref_l = logp[:, 0], logp[:, 1], ref_logp[:, 0], ref_logp[:, 1]
         mu = (w.exp() + l.exp()).detach() ** getattr(args, "gamma", 0)
         mu, alpha, delta = mu / mu.mean(), getattr(args, "alpha", 1), getattr(args, "delta", 0)
@@ -483,11 +535,15 @@ def test_three_steps_against_a_plain_loop(data, tmp_path, algo):
         reg = torch.zeros(())
         if use_kl:
             if step % 2 == 0:
-                uniforms = torch.rand(4, 16, generator=spo.rng(0, spo.ROLLOUT, step))
-                rollouts = slow_generate(policy, torch.full((4, 1), BOS), uniforms).detach()
-            reg = slow_kl(policy, ref, rollouts).mean()
+                drawn = torch.randint(12, (4,), generator=spo.rng(0, spo.PROMPT, step))
+                given = lengths[drawn]
+                uniforms = torch.rand(4, 17 - given.min(), generator=spo.rng(0, spo.ROLLOUT, step))
+                prompts = rows[drawn, 0, :given.max()]
+                rollouts = slow_generate(policy, prompts, uniforms, prompt_length=given).detach()
+            reg = slow_kl(policy, ref, rollouts, given).mean()
         elif args.algo == "slic":
-            reg = -slow_logp(policy, ref_samples[spo.batch_indices(12, 4, 0, spo.SLIC_BATCH, step), 0]).mean()
+            batch = spo.batch_indices(12, 4, 0, spo.SLIC_BATCH, step)
+            reg = -slow_logp(policy, ref_samples[batch, 0], ref_lengths[batch]).mean()
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 2)
         optimizer.zero_grad()
         (pref.mean() + args.beta * reg).backward()

@@ -75,6 +75,7 @@ def bench_training(args, table, policy, ref, sampler):
     pairs, length, num_rollouts = args.pairs, args.length, max(1, args.pairs // 4)  # the paper's proportion
     data = np.random.default_rng(0).integers(2, policy.args.vocab_size, (pairs, 2, length), np.uint16)
     data[..., 0] = BOS
+    responses = spo.Responses(data)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, fused=True)
 
     def update():
@@ -83,18 +84,18 @@ def bench_training(args, table, policy, ref, sampler):
         optimizer.zero_grad()
 
     def preference_step():
-        for rows, y in spo.micro_batches(data, torch.arange(pairs), args.micro_batch_size, args.device):
-            logp_w, logp_l = spo.seq_logp(policy, y, spo.response_mask(y)).view(len(rows), 2).T
+        for rows, y, mask in spo.micro_batches(responses, torch.arange(pairs), args.micro_batch_size, args.device):
+            logp_w, logp_l = spo.seq_logp(policy, y, mask).view(len(rows), 2).T
             (spo.spo_loss(logp_w, logp_l, 0.01).sum() / pairs).backward()
         update()
 
     def rollout():
-        y = spo.sample(policy, num_rollouts, length - 1, spo.rng(0), sampler)
-        rollouts[:] = spo.with_reference(ref, y, args.micro_batch_size)
+        y = spo.sample(policy, spo.no_prompts(num_rollouts), length - 1, spo.rng(0), sampler)
+        rollouts[:] = spo.with_reference(ref, y, spo.response_mask(y), args.micro_batch_size)
 
     def kl_gradient():
-        for y, ref_hidden in rollouts:
-            (0.05 * spo.rollout_kl(policy, ref, y, ref_hidden).sum() / num_rollouts).backward()
+        for y, mask, ref_hidden in rollouts:
+            (0.05 * spo.rollout_kl(policy, ref, y, mask, ref_hidden).sum() / num_rollouts).backward()
 
     def straightforward_step():
         """A forward pass each for y_w and y_l, the reference's in every step, and logits of all positions."""

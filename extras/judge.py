@@ -20,7 +20,7 @@ from model import BOS, UserError, atomic_write, file_hash, generate, load, load_
 
 BATCH = 64                    # samples per forward pass, which needs little memory without gradients
 NUM_REF = 2000                # rows of ref.npy that win rates during training compare with
-FRESH, FRESH_REF = 200, 201   # purposes of spo.rng: samples of a finished checkpoint, and of the reference
+FRESH, FRESH_REF, EVAL_REF = 200, 201, 202  # purposes of spo.rng: a finished checkpoint's samples, the reference's
 
 
 def win_rate(r, r_ref):
@@ -33,10 +33,17 @@ def win_rate(r, r_ref):
     return wins.mean().item(), variance.sqrt().item()
 
 
-def make_judge(args, tokenizer, y_ref):
+def paired_win_rate(r, r_ref):
+    """E[sigmoid(r(y) - r(y_ref))] over N pairs of samples for the same prompts -> (mean, standard error)."""
+    wins = torch.sigmoid(r - r_ref)                                                 # (N,)
+    return wins.mean().item(), wins.std().item() / len(wins) ** 0.5
+
+
+def make_judge(args, tokenizer, y_ref, paired=False):
     """
     The judge args.judge as a function of samples y (N, T) -> dict: its name, their win rate against the samples
-    y_ref (M, T) of the reference, with its standard error, and what else it knows. The llm compares row i with row i.
+    y_ref (M, T) of the reference, with its standard error, and what else it knows. paired, or the llm: row i is
+    compared with row i.
     """
     if args.judge == "llm":
         args.judge_model = get_endpoint().model  # a setting, which must be the same when a run is resumed
@@ -65,7 +72,7 @@ def make_judge(args, tokenizer, y_ref):
 
     def judge(y):
         r = rewards(y)
-        mean, standard_error = win_rate(r, r_ref)
+        mean, standard_error = paired_win_rate(r, r_ref) if paired else win_rate(r, r_ref)
         result = dict(judge=args.judge, win_rate=mean, win_rate_se=standard_error, reward=r.mean().item())
         if args.judge in toyworld.TASTES:
             in_grammar = [toyworld.in_grammar(story) for story in tokenizer.decode(y.tolist())]
@@ -75,28 +82,38 @@ def make_judge(args, tokenizer, y_ref):
 
 
 @torch.no_grad()
-def evaluate_samples(args, policy, ref, y):
-    """Means over samples y (N, T) of the policy: KL and entropy in nats, length in tokens, the share with an end."""
+def evaluate_samples(args, policy, ref, y, mask):
+    """
+    Means over samples y (N, T) of the policy, with the mask of their responses: KL and entropy in nats, length in
+    tokens, the share with an end.
+    """
     def token_entropy(hidden):                                                      # (M, dim) -> (M,)
         return torch.special.entr(upcast(policy.output(hidden)).softmax(-1)).sum(-1)
 
     kl, entropy = [], []
     with spo.autocast(args):
-        for part in y.split(BATCH):
-            kl.append(spo.rollout_kl(policy, ref, part, ref.hidden(part[:, :-1])))
-            mask = spo.response_mask(part)[:, 1:].bool()
-            entropy.append(spo.sum_over_tokens(token_entropy, mask, policy.hidden(part[:, :-1])))
-    length = spo.response_mask(y).sum(1, keepdim=True)                              # (N, 1)
-    finished = y.gather(1, length) == BOS
+        for part, counts in zip(y.split(BATCH), mask.split(BATCH)):
+            kl.append(spo.rollout_kl(policy, ref, part, counts, ref.hidden(part[:, :-1])))
+            entropy.append(spo.sum_over_tokens(token_entropy, counts[:, 1:].bool(), policy.hidden(part[:, :-1])))
+    finished = (mask * (y == BOS)).sum(1)                                           # (N,)
     return dict(kl=torch.cat(kl).mean().item(), entropy=torch.cat(entropy).mean().item(),
-                length=length.float().mean().item(), finished=finished.float().mean().item())
+                length=mask.sum(1).float().mean().item(), finished=finished.float().mean().item())
 
 
-def sample(args, model, n, *key):
-    """n samples of the model, with the random numbers of spo.rng(seed, *key) -> (n, T)."""
+def get_prompts(args, model_args, n):
+    """The prompts of n held-out rows, the first ones again where there are fewer -> (n, P) as spo.sample takes them."""
+    path = f"{args.data}/heldout_pairs.npy"
+    if not os.path.exists(path.replace(".npy", spo.PROMPT_LENGTH)):
+        return spo.no_prompts(n)
+    heldout = spo.load_responses(path, model_args)
+    return heldout.prompts(torch.arange(n) % len(heldout))
+
+
+def sample(args, model, prompts, *key):
+    """A sample of the model for each prompt (n, P), with the random numbers of spo.rng(seed, *key) -> (n, T)."""
     sampler = fast_generate if args.fast_sampling else generate
     with spo.autocast(args):
-        return spo.sample(model, n, args.max_new_tokens, spo.rng(args.seed, *key), sampler)
+        return spo.sample(model, prompts, args.max_new_tokens, spo.rng(args.seed, *key), sampler)
 
 
 def wrap(label, text):
@@ -114,25 +131,32 @@ def make_evaluate(args):
     if not os.path.exists(path):
         raise UserError(f"{path}, samples of the reference, does not exist: create it with `make data "
                         f"MODEL={args.model}`, for a published model with SOURCE= too, or take --judge none.")
-    model_args = load(args.init).args
-    ref_samples = spo.load_responses(path, model_args, 2, 1)[:NUM_REF, 0]
-    if args.judge == "llm" and args.num_eval_samples > len(ref_samples):
-        raise UserError(f"--num_eval_samples must be at most {len(ref_samples)}, the rows the llm compares with.")
-    y_ref = spo.trim_padding(torch.from_numpy(ref_samples.astype("int64")).to(args.device))
-    tokenizer = load_tokenizer(args.tokenizer, model_args.vocab_size)
-    judge = make_judge(args, tokenizer, y_ref)
-    args.hashes |= {"ref.npy": file_hash(path), "tokenizer": file_hash(args.tokenizer)}
+    reference = load(args.init, args.device)
+    tokenizer = load_tokenizer(args.tokenizer, reference.args.vocab_size)
+    prompts = get_prompts(args, reference.args, args.num_eval_samples)
+    paired = prompts.shape[1] > 1  # with prompts, samples for the same one are compared
+    if paired:
+        y_ref = sample(args, reference, prompts, EVAL_REF)
+    else:
+        tokens = spo.load_responses(path, reference.args, 2, 1).tokens[:NUM_REF, 0]
+        y_ref = spo.trim_padding(torch.from_numpy(tokens.astype("int64")).to(args.device))
+    if args.judge == "llm" and args.num_eval_samples > len(y_ref):
+        raise UserError(f"--num_eval_samples must be at most {len(y_ref)}, the rows the llm compares with.")
+    judge = make_judge(args, tokenizer, y_ref, paired)
+    spo.hash_files(args, "ref.npy", "heldout_pairs.npy", f"heldout_pairs{spo.PROMPT_LENGTH}")
+    args.hashes["tokenizer"] = file_hash(args.tokenizer)
 
     def evaluate(policy, ref, step):
-        y = sample(args, policy, args.num_eval_samples, spo.EVAL, step)
+        y = sample(args, policy, prompts, spo.EVAL, step)
+        mask = spo.response_mask(y, (prompts >= 0).sum(1))
         print(wrap("sample", tokenizer.decode(y[0].tolist())), end="", flush=True)
         if step == args.steps:
-            before, after = (tokenizer.decode(sample(args, m, 3, spo.SHOW).tolist()) for m in (ref, policy))
+            before, after = (tokenizer.decode(sample(args, m, prompts[:3], spo.SHOW).tolist()) for m in (ref, policy))
             text = "".join(wrap("before", x) + wrap(" after", y) for x, y in zip(before, after))
             print(text, end="", flush=True)
             with atomic_write(f"{args.out}/samples.txt") as f:
                 f.write(text.encode())
-        return {"n": len(y), **judge(y), **evaluate_samples(args, policy, ref, y)}
+        return {"n": len(y), **judge(y), **evaluate_samples(args, policy, ref, y, mask)}
     return evaluate
 
 
@@ -170,9 +194,11 @@ def main(argv=None):
     if args.max_new_tokens > min(policy.args.max_seq_len, ref.args.max_seq_len):
         raise UserError(f"--max_new_tokens is {args.max_new_tokens}, more than the models read.")
     tokenizer = load_tokenizer(args.tokenizer, policy.args.vocab_size)
-    judge = make_judge(args, tokenizer, sample(args, ref, own.n, FRESH_REF))
-    y = sample(args, policy, own.n, FRESH)
-    result = {"n": own.n, **judge(y), **evaluate_samples(args, policy, ref, y)}
+    prompts = get_prompts(args, policy.args, own.n)
+    judge = make_judge(args, tokenizer, sample(args, ref, prompts, FRESH_REF), prompts.shape[1] > 1)
+    y = sample(args, policy, prompts, FRESH)
+    mask = spo.response_mask(y, (prompts >= 0).sum(1))
+    result = {"n": own.n, **judge(y), **evaluate_samples(args, policy, ref, y, mask)}
     cells = [f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in result.items()]
     print(textwrap.fill("  ".join(cells), 80, break_on_hyphens=False))
     with open(os.path.join(os.path.dirname(own.checkpoint), "evaluations.jsonl"), "a") as f:

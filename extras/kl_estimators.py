@@ -54,12 +54,12 @@ def estimate_gradients(policy, ref, args, batches):
     """Both estimates on the same fresh samples, num_rollouts per batch -> two tensors (batches, parameters)."""
     token, score = [], []
     for i in range(batches):
-        y = sample(args, policy, args.num_rollouts, ESTIMATE, i)
+        y = sample(args, policy, spo.no_prompts(args.num_rollouts), ESTIMATE, i)
         mask = spo.response_mask(y)
         with spo.autocast(args):
             with torch.no_grad():
                 ref_logp, ref_hidden = spo.seq_logp(ref, y, mask), ref.hidden(y[:, :-1])
-            token_kl = spo.rollout_kl(policy, ref, y, ref_hidden)
+            token_kl = spo.rollout_kl(policy, ref, y, mask, ref_hidden)
             score_kl = score_function_kl(spo.seq_logp(policy, y, mask), ref_logp)
         token.append(flat_gradient(token_kl.mean(), policy))
         score.append(flat_gradient(score_kl.mean(), policy))

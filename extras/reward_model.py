@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from model import UserError, build_model, load, load_checkpoint, upcast
-from spo import BATCH, batch_indices, micro_batches, response_mask, spo_loss
+from spo import BATCH, Responses, batch_indices, micro_batches, spo_loss
 
 
 def make_reward_head(model):
@@ -40,8 +40,8 @@ def load_reward_model(path, device="cpu"):
 def dataset_rewards(model, data, micro_batch_size, device):
     """r(y) of the responses in data (N, n, T) -> (N, n)."""
     rewards = torch.zeros(data.shape[:2])
-    for rows, y in micro_batches(data, torch.arange(len(data)), micro_batch_size, device):
-        r = reward_at_end(model, y, response_mask(y))                               # (b * n,)
+    for rows, y, mask in micro_batches(Responses(data), torch.arange(len(data)), micro_batch_size, device):
+        r = reward_at_end(model, y, mask)                                           # (b * n,)
         rewards[rows] = r.view(len(rows), -1).cpu()
     return rewards
 
@@ -61,8 +61,8 @@ def fit_reward_model(init, pairs, heldout_pairs, steps, lr, micro_batch_size, se
         optimizer.zero_grad()
         total = 0.0
         batch = batch_indices(len(pairs), batch_size, seed, BATCH, step)
-        for _, y in micro_batches(pairs, batch, micro_batch_size, device):
-            r = reward_at_end(model, y, response_mask(y))                           # (b * 2,)
+        for _, y, mask in micro_batches(Responses(pairs), batch, micro_batch_size, device):
+            r = reward_at_end(model, y, mask)                           # (b * 2,)
             r_w, r_l = r.view(-1, 2).unbind(1)
             loss = spo_loss(r_w, r_l, 1.0).sum() / batch_size                       # -log sigmoid(r_w - r_l)
             loss.backward()

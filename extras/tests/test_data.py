@@ -76,7 +76,7 @@ def test_pairs_are_labelled_by_the_experts_taste_with_draws_of_the_seed(tmp_path
                        "--num_pairs", "60"])
     assert texts(data, "stories")[0] == write_stories(1, seed=6)
     assert texts(data, "heldout")[0] == write_stories(1, seed=7)
-    y = spo.sample(load(data / "sft.pt"), 120, 100, spo.rng(3, prepare_data.PAIRS)).view(60, 2, -1)
+    y = spo.sample(load(data / "sft.pt"), spo.no_prompts(120), 100, spo.rng(3, prepare_data.PAIRS)).view(60, 2, -1)
     stories = load_tokenizer(TOKENIZER, 640).decode(y.flatten(0, 1).tolist())
 
     def pairs(taste, seed):

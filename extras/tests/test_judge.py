@@ -28,7 +28,7 @@ def tiny(seed):
 def data(tmp_path):
     """A folder like data/toy, of an untrained reference."""
     save(tiny(0), tmp_path / "sft.pt")
-    np.save(tmp_path / "ref.npy", spo.sample(tiny(0), 80, 40, spo.rng(0, 0))[:, None].numpy().astype(np.uint16))
+    np.save(tmp_path / "ref.npy", spo.sample(tiny(0), spo.no_prompts(80), 40, spo.rng(0, 0))[:, None].numpy().astype(np.uint16))
     return str(tmp_path)
 
 
@@ -71,7 +71,7 @@ def test_a_reward_model_is_read_at_the_end_of_each_sample(data):
     model = make_reward_head(tiny(1))
     model.output.weight.copy_(torch.randn(1, 16, generator=torch.Generator().manual_seed(0)))
     save(model, f"{data}/reward.pt")
-    y = spo.sample(tiny(2), 70, 40, spo.rng(1))  # more than one forward pass
+    y = spo.sample(tiny(2), spo.no_prompts(70), 40, spo.rng(1))  # more than one forward pass
 
     def reward(row, padding=0):
         return model(row[None, :end_of(row) + 1 + padding])[0, -1, 0].item()
@@ -107,7 +107,7 @@ def test_an_evaluation_is_a_slow_loop_over_its_samples_and_shows_some(data, caps
     args, policy, ref, tokenizer = get_args(data), tiny(0), load(f"{data}/sft.pt"), load_tokenizer(TOKENIZER, 640)
     policy.tok_embeddings.weight += 0.1 * torch.randn(640, 16, generator=torch.Generator().manual_seed(0))
     kl, entropy, length, finished, r = [], [], [], [], []
-    y = spo.sample(policy, 70, 40, spo.rng(0, spo.EVAL, 7))
+    y = spo.sample(policy, spo.no_prompts(70), 40, spo.rng(0, spo.EVAL, 7))
     for row in y:
         end = end_of(row)
         p, q = (model(row[None, :end])[0].softmax(-1) for model in (policy, ref))
@@ -127,7 +127,7 @@ def test_an_evaluation_is_a_slow_loop_over_its_samples_and_shows_some(data, caps
     assert evaluate(policy, ref, 4)["entropy"] != record["entropy"]  # fresh samples at each step
     assert printed == judge.wrap("sample", tokenizer.decode(y[0].tolist())) + text
     assert max(map(len, printed.splitlines())) <= 80 and judge.wrap("x", "a\x1b[2Jb\nc") == "x: a [2Jb c\n"
-    before, after = (tokenizer.decode(spo.sample(m, 3, 40, spo.rng(0, spo.SHOW)).tolist()) for m in (ref, policy))
+    before, after = (tokenizer.decode(spo.sample(m, spo.no_prompts(3), 40, spo.rng(0, spo.SHOW)).tolist()) for m in (ref, policy))
     expected = " ".join(f"before: {x} after: {y}" for x, y in zip(before, after))
     assert text.split() == expected.split() and before != after
     assert args.hashes == {"ref.npy": file_hash(f"{data}/ref.npy"), "tokenizer": file_hash(TOKENIZER)}

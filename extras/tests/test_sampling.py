@@ -80,7 +80,7 @@ def test_the_bias_of_both_estimators_is_that_of_enumeration():
     logp, ref_logp = spo.seq_logp(policy, y, mask), spo.seq_logp(ref, y, mask)
     pi = logp.exp().detach()
     exact = (logp.exp() * (logp - ref_logp)).sum()
-    token = pi @ spo.rollout_kl(policy, ref, y, ref.hidden(y[:, :-1]))
+    token = pi @ spo.rollout_kl(policy, ref, y, mask, ref.hidden(y[:, :-1]))
     score = 0.0
     for i, j in itertools.product(range(len(y)), repeat=2):  # two samples, each the other's baseline
         score += pi[i] * pi[j] * score_function_kl(logp[[i, j]], ref_logp[[i, j]]).mean()

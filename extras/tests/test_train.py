@@ -200,7 +200,7 @@ def test_learning_rate_batches_and_seeds(world):
     assert [spo.get_lr(step, args) for step in (0, 4, 9, 10, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1])
     epochs = [torch.cat([spo.batch_indices(43, 8, 0, spo.BATCH, 5 * epoch + i) for i in range(5)]) for epoch in (0, 1)]
     assert all(len(epoch.unique()) == 40 for epoch in epochs) and not torch.equal(*epochs)
-    sizes = [len(y) for _, y in spo.micro_batches(np.ones((9, 4, 6), np.uint16), torch.arange(9), 8, "cpu")]
+    sizes = [len(y) for _, y, _ in spo.micro_batches(spo.Responses(np.ones((9, 4, 6), np.uint16)), torch.arange(9), 8, "cpu")]
     assert sizes == [8, 8, 8, 8, 4]
 
 
