@@ -90,6 +90,6 @@ class DataFolder:
         os.replace(f"{path}.new", path)
 
     def save_tokens(self, name, tokens):
-        """Writes tokens (N, n, T) as the token file name."""
+        """Writes tokens (N, n, T), or the lengths (N,) of their prompts, as the file name."""
         with self.new_file(name) as path, atomic_write(path) as f:
-            np.save(f, np.asarray(tokens).astype(np.uint16))
+            np.save(f, np.asarray(tokens).astype(np.uint16, copy=False))
