@@ -10,12 +10,15 @@ Settings you do not give keep their earlier values, which are in the folder's se
 continues when it is started again. Files that this program has not written are never replaced.
 """
 import argparse
+import array
+import collections
 import hashlib
 import io
 import math
 import os
 import random
 import sys
+import textwrap
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ from extras.data_folder import open_folder
 from extras.download import download_verified, full_url
 from extras.llm_judge import get_endpoint
 from extras.make_pairs import make_pairs
-from extras.preferences import read_preferences
+from extras.preferences import encode_rows, read_preferences
 from extras.reward_model import fit_reward_model
 from model import BOS, ModelArgs, Transformer, UserError, atomic_write, file_hash, load, load_tokenizer, save
 from spo import (BATCH, MODELS, PROMPT_LENGTH, Responses, batch_indices, dataset_logp, micro_batches, no_prompts, rng,
@@ -40,21 +43,18 @@ SOURCE_FILES = (*RESPONSE_FILES, *(name.replace(".npy", PROMPT_LENGTH) for name 
                 "made.jsonl", "reward.pt")
 
 
-def pad(rows, width):
-    """rows: N lists of n responses, each a list of tokens -> (N, n, width): BOS, the response, BOS to the end."""
-    tokens = np.full((len(rows), max(map(len, rows), default=0), width), BOS, np.uint16)
-    for i, responses in enumerate(rows):
-        for j, response in enumerate(responses):
-            tokens[i, j, 1:1 + len(response)] = response[:width - 1]
-    return tokens
+def pad(tokens, lengths, width):
+    """The responses in tokens, one after another, lengths (N, n) -> (N, n, width): BOS, response, BOS to the end."""
+    rows = np.full((*lengths.shape, width), BOS, np.uint16)
+    rows[:, :, 1:][np.arange(width - 1) < lengths[:, :, None]] = tokens
+    return rows
 
 
 def sample_rows(folder, prompts, n, purpose):
     """n samples of the folder's sft.pt for each prompt (rows, P), padded with -1 -> tokens (rows, n, T)."""
     model = load(f"{folder.path}/sft.pt", DEVICE)
-    max_new_tokens = MODELS[folder.settings["model"]]["max_new_tokens"]
     prompts = prompts.repeat_interleave(n, 0)
-    y = sample(model, prompts, max_new_tokens, rng(folder.settings["seed"], purpose))
+    y = sample(model, prompts, folder.settings["max_new_tokens"], rng(folder.settings["seed"], purpose))
     return y.cpu().view(-1, n, y.shape[1])
 
 
@@ -125,7 +125,8 @@ def prepare_toy(folder, tokenizer):
         if not folder.has(name):
             generator = random.Random(story_seed)
             stories = tokenizer.encode([toyworld.write_story(generator) for _ in range(n)])
-            folder.save_tokens(name, pad([[story] for story in stories], 2 + max(map(len, stories))))
+            lengths = np.array([[len(story)] for story in stories])
+            folder.save_tokens(name, pad(np.concatenate(stories), lengths, 2 + lengths.max()))
     if not folder.has("sft.pt"):
         with folder.new_file("sft.pt") as path:
             stories, heldout = np.load(f"{folder.path}/stories.npy"), np.load(f"{folder.path}/heldout.npy")
@@ -184,37 +185,111 @@ def download_checkpoint(folder):
 # ---------------------------------------------------------------------------------------------------
 # Preferences that are not the toy world's: from files, from the paper's release, or made by a judge
 
-def is_held_out(row):
-    """One row (n, T) in twenty, by a hash of its responses that ignores their order and padding."""
-    responses = sorted(response.tobytes().rstrip(b"\0\1") for response in row)
-    return hashlib.sha256(b"".join(responses)).digest()[0] < 256 // 20
+def is_held_out(prompt, responses):
+    """
+    One row in twenty, by a hash of its prompt's tokens, so that a prompt is on one side; without one, of its
+    responses' in any order.
+    """
+    texts = [prompt] if prompt else responses
+    texts = sorted(array.array("H", [BOS, *tokens]).tobytes().rstrip(b"\0\1") for tokens in texts)
+    return hashlib.sha256(b"".join(texts)).digest()[0] < 256 // 20
 
 
-def save_preferences(folder, name, rows):
+def shared_length(prompt, responses):
+    """How many tokens prompt and all responses have in common at their beginning."""
+    length = 0
+    for tokens in zip(prompt, *responses):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length
+
+
+def hold_out_some(held_out, prompt_ids):
+    """held_out (N,); where all rows are or none is, those of the last prompt alone. Each side has at least one row."""
+    if held_out.all() or not held_out.any():
+        held_out = prompt_ids == prompt_ids[-1]
+    if held_out.all():
+        held_out = np.arange(len(held_out)) == len(held_out) - 1
+    return held_out
+
+
+TOO_LONG = ("prompt too long", "too long", "identical only because of the cut")
+
+
+def why_left_out(prompt_length, responses, limit, drop_long, seen):
     """
-    rows: N lists of n responses, each a list of tokens, best first -> <name>.npy and heldout_<name>.npy. Responses are
-    cut at max_new_tokens; then rows that hold a response twice and duplicate rows are left out.
+    Why a row is not used, "" if it is. prompt_length: the tokens that its responses share, BOS included; limit: the
+    length that responses are cut to; seen: digests of earlier rows, to which this one's are added.
     """
-    limit = MODELS[folder.settings["model"]]["max_new_tokens"]
-    num_cut = sum(len(response) >= limit for responses in rows for response in responses)
-    identical, kept = 0, {}
-    for row in pad(rows, limit + 1):
-        if len({response.tobytes() for response in row}) < len(row):
-            identical += 1
-        else:
-            kept[row.tobytes()] = row
-    left_out = f"{identical} have a response twice, {len(rows) - identical - len(kept)} are duplicates"
-    print(f"{name}: {len(rows)} rows, {num_cut} responses without an end in {limit} tokens\n  left out: {left_out}")
-    if len(kept) < 2:
-        raise UserError(f"only {len(kept)} of {len(rows)} rows are left for {folder.path}/{name}.npy ({left_out}): "
-                        "give more preferences, or with --source made more --num_pairs in another --data.")
-    kept = np.array(list(kept.values()))                                            # (N, n, T)
-    held_out = np.array([is_held_out(row) for row in kept])
-    if not held_out.any():
-        held_out[-1] = True
+    cut = [tokens[:limit] for tokens in responses]
+    if prompt_length > limit:
+        return "prompt too long"
+    if drop_long and any(len(tokens) >= limit for tokens in responses):
+        return "too long"
+    if any(tokens in responses[:i] for i, tokens in enumerate(responses)):
+        return "identical"
+    if any(tokens in cut[:i] for i, tokens in enumerate(cut)):
+        return "identical only because of the cut"
+    whole, after = (hashlib.sha256(repr((prompt_length, texts)).encode()).digest() for texts in (responses, cut))
+    if whole in seen:
+        return "duplicated"
+    if after in seen:
+        return "identical only because of the cut"
+    seen.update((whole, after))
+    return ""
+
+
+def save_preferences(folder, name, rows, unk_id):
+    """
+    rows: (prompt, n responses), lists of tokens, best first, each response with the prompt before it -> <name>.npy and
+    heldout_<name>.npy, and where there are prompts <name>_prompt_length.npy (N,), their tokens with BOS. Responses are
+    cut at max_new_tokens, or with drop_long their rows left out; so are the rows of why_left_out.
+    """
+    limit, drop_long = folder.settings["max_new_tokens"], folder.settings.get("drop_long")
+    counts, left_out, seen = collections.Counter(), collections.Counter(), set()
+    tokens, lengths, prompt_lengths, prompt_ids = (array.array(code) for code in "HHHq")  # of the rows that are kept
+    held_out = []
+    for prompt, responses in rows:
+        counts["rows"] += 1
+        counts["tokens"] += sum(map(len, responses))
+        counts["unknown"] += sum(response.count(unk_id) for response in responses)
+        counts["long"] += sum(len(response) >= limit for response in responses)
+        prompt_length = 1 + shared_length(prompt, responses)
+        reason = why_left_out(prompt_length, responses, limit, drop_long, seen)
+        if reason:
+            left_out[reason] += 1
+            continue
+        responses = [response[:limit] for response in responses]
+        for response in responses:
+            tokens.extend(response)
+            lengths.append(len(response))
+        prompt_ids.append(hash(tuple(prompt)) if prompt else len(prompt_ids))
+        prompt_lengths.append(prompt_length)
+        held_out.append(is_held_out(prompt, responses))
+    reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "none"
+    verb = "over" if drop_long else "cut at"
+    print(f"{name}: {counts['rows']} rows, {counts['long']} responses {verb} {limit} tokens")
+    print(textwrap.fill(f"  left out: {reasons}", 80, subsequent_indent="    "))
+    unknown = counts["unknown"] / max(1, counts["tokens"])
+    print(f"  unknown characters: {unknown:.2%} of the tokens", flush=True)
+    if unknown > 0.01:
+        print("  The tokenizer lacks these characters: the model reads all of them as <unk>.")
+    if len(held_out) < 2:
+        remedy = "give more preferences, or with --source made more --num_pairs"
+        if len(held_out) + sum(left_out[reason] for reason in TOO_LONG) > 1:
+            remedy = f"give --max_new_tokens above {limit}, or with --drop_long more rows that fit"
+        raise UserError(f"only {len(held_out)} of {counts['rows']} rows are left for {folder.path}/{name}.npy, left "
+                        f"out: {reasons}: {remedy}, in another --data.")
+    held_out = hold_out_some(np.array(held_out), np.array(prompt_ids))
+    lengths = np.array(lengths).reshape(len(held_out), -1)                          # (N, n)
+    width = 1 + min(limit, lengths.max() + 1)  # with the BOS at its beginning, and one at its end unless it was cut
+    tokens, prompt_lengths = pad(tokens, lengths, width), np.array(prompt_lengths)
     print(f"  {(~held_out).sum()} rows to train on, {held_out.sum()} held out")
-    folder.save_tokens(f"{name}.npy", kept[~held_out])
-    folder.save_tokens(f"heldout_{name}.npy", kept[held_out])
+    for file, part in ((name, ~held_out), (f"heldout_{name}", held_out)):
+        if prompt_lengths.max() > 1:
+            folder.save_tokens(f"{file}{PROMPT_LENGTH}", prompt_lengths[part])
+        folder.save_tokens(f"{file}.npy", tokens[part])  # after it: where it exists, both are complete
 
 
 def save_reward_model(folder):
@@ -229,7 +304,7 @@ def save_reward_model(folder):
 # ---------------------------------------------------------------------------------------------------
 # Command line
 
-LOWEST = dict(seed=0, num_stories=32, sft_steps=1, num_pairs=2, num_ref=2, reward_steps=0)
+LOWEST = dict(seed=0, num_stories=32, sft_steps=1, num_pairs=2, num_ref=2, max_new_tokens=1, reward_steps=0)
 
 
 def get_args(argv=None):
@@ -239,7 +314,7 @@ def get_args(argv=None):
     p.add_argument("model", choices=(*toyworld.TASTES, *PUBLISHED, "tokenizer"))
     p.add_argument("--data", help="the folder (default: data/<model>)")
     p.add_argument("--tokenizer", help="the toy world's (default: tokenizer.model)")
-    p.add_argument("--source", help="of preferences: made, released, or a .json or .jsonl file or a folder of them "
+    p.add_argument("--source", help="of preferences: made, released, or a file or folder of them (docs/data.md) "
                    "(default: toy, the toy world's own; for a published model none)")
     p.add_argument("--judge", choices=(*toyworld.TASTES, "llm"), help="of made pairs (default: <model>, or llm)")
     p.add_argument("--seed", type=int, help="of stories, training and samples (default: 0)")
@@ -249,6 +324,10 @@ def get_args(argv=None):
                    help="toy: both responses of a row continue the first sentence of a story")
     p.add_argument("--num_pairs", type=int, help="pairs to sample; half as many rows of four (default: 4000)")
     p.add_argument("--num_ref", type=int, help="samples of the reference model in ref.npy (default: 2000)")
+    p.add_argument("--max_new_tokens", type=int, help="longest response and sample in tokens, with its prompt and end "
+                   "(default: as in training)")
+    p.add_argument("--drop_long", action="store_true", default=None, help="of files: leave out rows with a longer "
+                   "response, instead of cutting it")
     p.add_argument("--reward_steps", type=int, help="steps of fitting reward.pt; 0: none (default: 1000; if toy none)")
     args = p.parse_args(argv)
     for name, lowest in LOWEST.items():
@@ -268,7 +347,10 @@ def get_settings(args, folder):
     if source == "toy":
         defaults.update(prompted=False)
     if source is not None:
-        defaults.update(seed=0, num_ref=2000, reward_steps=None if toy else 1000)
+        defaults.update(seed=0, num_ref=2000, reward_steps=None if toy else 1000,
+                        max_new_tokens=MODELS[args.model]["max_new_tokens"])
+    if source not in (None, "toy", "made"):
+        defaults.update(drop_long=False)
     if source in ("toy", "made"):
         defaults.update(num_pairs=4000)
     if source == "made":
@@ -279,6 +361,11 @@ def get_settings(args, folder):
         if name not in defaults:
             raise UserError(f"--{name} is not read by {args.model} with source {source}: leave it out.")
     folder.merge_settings(given, defaults)
+
+
+def check_length(settings, max_seq_len):
+    if settings.get("max_new_tokens", 0) > max_seq_len:
+        raise UserError(f"--max_new_tokens is {settings['max_new_tokens']}, but the model reads {max_seq_len}.")
 
 
 def prepare(folder, tokenizer_path):
@@ -293,6 +380,7 @@ def prepare(folder, tokenizer_path):
         tokenizer = load_tokenizer(tokenizer_path, toyworld.MODEL_ARGS["vocab_size"])
         folder.check_input("tokenizer", file_hash(tokenizer_path))
         folder.check_input("extras/toyworld.py", file_hash(toyworld.__file__))
+        check_length(settings, toyworld.MODEL_ARGS["max_seq_len"])
     folder.check_files(names + (SOURCE_FILES if source else ()), published)
     make_pairs_now = source == "made" and not folder.has("made.jsonl", *PAIR_FILES)
     if make_pairs_now and settings["judge"] == "llm":
@@ -302,9 +390,10 @@ def prepare(folder, tokenizer_path):
     if model in PUBLISHED:
         download_checkpoint(folder)
         sft = load(f"{folder.path}/sft.pt")
+        check_length(settings, sft.args.max_seq_len)
         tokenizer = load_tokenizer(f"{folder.path}/tokenizer.model", sft.args.vocab_size)
     for name, rows in preferences.items():
-        save_preferences(folder, name, [tokenizer.encode(responses) for responses in rows])
+        save_preferences(folder, name, encode_rows(tokenizer, rows), tokenizer.unk_id())
     if model in toyworld.TASTES:
         prepare_toy(folder, tokenizer)
     if source is not None and not folder.has("ref.npy"):
@@ -317,7 +406,8 @@ def prepare(folder, tokenizer_path):
     if make_pairs_now:
         if not folder.has("made.npy"):
             folder.save_tokens("made.npy", sample_rows(folder, no_prompts(settings["num_pairs"]), 2, MADE))
-        save_preferences(folder, "pairs", make_pairs(folder, tokenizer))
+        made = [([], responses) for responses in make_pairs(folder, tokenizer)]  # samples begin without a prompt
+        save_preferences(folder, "pairs", made, tokenizer.unk_id())
     if settings.get("reward_steps") and not folder.has("reward.pt"):
         save_reward_model(folder)
     folder.save()

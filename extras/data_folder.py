@@ -92,4 +92,4 @@ class DataFolder:
     def save_tokens(self, name, tokens):
         """Writes tokens (N, n, T), or the lengths (N,) of prompts, as the file name."""
         with self.new_file(name) as path, atomic_write(path) as f:
-            np.save(f, np.asarray(tokens).astype(np.uint16))
+            np.save(f, np.asarray(tokens).astype(np.uint16, copy=False))

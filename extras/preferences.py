@@ -1,27 +1,88 @@
-"""Reads preferences, as text, from .json and .jsonl files and from the paper's release. Formats: docs/data.md."""
+"""Reads preferences, as text, from files and from the paper's release. Formats: docs/data.md."""
+import codecs
+import functools
+import gzip
+import io
+import itertools
 import json
 import os
+import re
 import tempfile
 import zipfile
-from pathlib import Path
+import zlib
 
 from extras.download import full_url, stream
 from extras.llm_judge import with_retries
 from model import UserError, file_hash
 
-FIELDS = {"prompt", "chosen", "rejected", "responses", "best", "story1", "story2", "label"}
-ENDINGS = (".json", ".jsonl")
+PROMPTS = ("prompt", "instruction", "question", "request", "context", "query")
+RESPONSES = {"chosen", "rejected", "responses", "best", "story1", "story2", "label"}
+ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".arrow")  # the last two to say what to do with them
 RELEASES = ("SPO-4159", "SP0-4159")  # the paper's text can be read either way
+EXPORT = "export it as JSON Lines, for example with to_json of the datasets library"
+FOREIGN = {b"PAR1": f"it is Parquet: {EXPORT}", b"ARROW1": f"it is Arrow: {EXPORT}",
+           b"\xff\xff\xff\xff": f"it is an Arrow stream: {EXPORT}", b"PK\3\4": "it is a zip archive: unpack it"}
+CHUNK = 10_000  # rows in memory as text
+
+
+# ---------------------------------------------------------------------------------------------------
+# One record
+
+def prompt_fields(record):
+    """The names of the fields that hold the record's prompt: the first of PROMPTS that is not empty."""
+    for name in PROMPTS:
+        if record.get(name):
+            return (name, "input") if name == "instruction" and record.get("input") else (name,)
+    return ()
+
+
+def unread_fields(record):
+    """The names of fields with text that parse_preference does not read."""
+    texts = {name for name, value in record.items() if value and isinstance(value, (str, list))}
+    return texts - RESPONSES - set(prompt_fields(record))
+
+
+def message_texts(value):
+    """The texts of a string, or of a list of messages, {"role", "content"} or {"from", "value"}. Raises ValueError."""
+    if isinstance(value, str):
+        return [value]
+    messages = value if isinstance(value, list) and value else [None]
+    texts = [m.get("content", m.get("value")) if isinstance(m, dict) else None for m in messages]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a response or the prompt is neither a string nor a list of messages")
+    return texts
+
+
+def split_prompt(prompts, responses):
+    """
+    The prompt and the responses without it, as strings, where each of them is a string or a list of messages. The
+    responses may repeat the prompt. Messages are joined by a newline, also the prompt's last with the response.
+    """
+    has_messages = not all(isinstance(value, str) for value in (*prompts, *responses))
+    prompts = [text for value in prompts for text in message_texts(value)]
+    responses = [message_texts(response) for response in responses]
+    shared = 0  # messages at the beginning of all responses
+    while all(len(texts) > shared + 1 and texts[shared] == responses[0][shared] for texts in responses):
+        shared += 1
+    leading = responses[0][:shared]
+    prompts = [text for text in prompts if text not in leading] + leading
+    prompt = "\n".join(prompts)
+    if has_messages and prompts:
+        prompt += "\n"
+    responses = ["\n".join(texts[shared:]) for texts in responses]
+    if all(response.startswith(prompt) for response in responses):
+        responses = [response[len(prompt):] for response in responses]
+    return prompt, responses
 
 
 def parse_preference(record):
     """
-    One record -> the token file it is for, "pairs", "ranked" or "best", and its responses, best first. A prompt is the
-    beginning of every response: it cancels in the losses. Raises ValueError.
+    One record -> the token file it is for, "pairs", "ranked" or "best"; its prompt, "" if it has none; its responses
+    without the prompt, best first. Raises ValueError.
     """
     if not isinstance(record, dict):
-        raise ValueError("it is not an object")
-    name, best = "pairs", 0
+        raise ValueError(f"it is not an object but a {type(record).__name__}: scores or texts alone are no preferences")
+    kind, best = "pairs", 0
     if {"story1", "story2", "label"} <= record.keys():  # the paper's authors'
         responses = [record["story1"], record["story2"]]
         if str(record["label"]) not in ("1", "2"):
@@ -30,67 +91,167 @@ def parse_preference(record):
     elif {"chosen", "rejected"} <= record.keys():       # TRL's
         responses = [record["chosen"], record["rejected"]]
     elif isinstance(record.get("responses"), list):
-        name, responses = "ranked", list(record["responses"])
+        kind, responses = "ranked", list(record["responses"])
         if record.get("best") is not None:
-            name, best = "best", record["best"]
+            kind, best = "best", record["best"]
     else:
         raise ValueError("it has neither chosen and rejected, nor responses, nor story1, story2 and label")
     if len(responses) < 2:
         raise ValueError("it has fewer than two responses")
     if type(best) is not int or best not in range(len(responses)):
         raise ValueError(f"its best is {best!r:.20}, not the index of a response")
-    prompt = record.get("prompt") or ""
-    if not all(isinstance(text, str) for text in [prompt, *responses]):
-        raise ValueError("a response or the prompt is not a string")
-    responses = [prompt + text for text in responses]
-    if not all(text.strip() for text in responses):
-        raise ValueError("a response is empty")
-    "".join(responses).encode()  # raises UnicodeEncodeError, a ValueError, at half of a surrogate pair
+    for name, value in record.items():
+        if kind == "ranked" and isinstance(value, list) and all(type(x) in (int, float) for x in value):
+            raise ValueError(f"its {name} are numbers: order its responses, best first, and leave {name} out")
+    prompt, responses = split_prompt([record[name] for name in prompt_fields(record)], responses)
+    "".join([prompt, *responses]).encode()  # raises UnicodeEncodeError, a ValueError, at half of a surrogate pair
     responses.insert(0, responses.pop(best))
-    return name, responses
+    return kind, prompt, responses
 
 
-def list_items(content):
-    """The items of a .json file: of its list, or of the lists in its object."""
-    items = json.loads(content)
-    if isinstance(items, dict):
-        items = [item for part in items.values() if isinstance(part, list) for item in part]
-    return items
+# ---------------------------------------------------------------------------------------------------
+# Files
+
+def open_utf8(f):
+    """The content of the binary file f as UTF-8, unpacked, after a byte order mark. Raises ValueError."""
+    if f.read(2) == b"\x1f\x8b":
+        f.seek(0)
+        f = gzip.GzipFile(fileobj=f)
+    f.seek(0)
+    start = f.read(8)
+    for magic, trouble in FOREIGN.items():
+        if start.startswith(magic):
+            raise ValueError(trouble)
+    f.seek(0)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return io.BytesIO(f.read().decode("utf-16").encode())
+    if b"\0" in start:
+        raise ValueError("it is not text, or UTF-16 without a byte order mark: save it as UTF-8")
+    if start.startswith(codecs.BOM_UTF8):
+        f.seek(len(codecs.BOM_UTF8))
+    return f
+
+
+def is_container(content):
+    """Whether content is a list of records, or an object of such lists, rather than one record."""
+    if isinstance(content, dict):
+        return not RESPONSES & content.keys() and any(isinstance(part, list) for part in content.values())
+    return isinstance(content, list)
+
+
+def are_json_lines(first, second):
+    """Whether the first two lines of a file that are not empty are those of JSON Lines, not of one JSON text."""
+    try:
+        content = json.loads(first)
+    except ValueError:
+        if not first.lstrip().startswith((b"{", b"[")):
+            raise ValueError(f"it is not JSON but text, or CSV: {EXPORT}") from None
+        return False
+    return bool(second) or not is_container(content)
+
+
+def read_items(f):
+    """
+    Yields "line 3" or "item 3", and the record, of JSON Lines a line at a time, of a list or an object of lists after
+    reading all of it. f: a binary file of UTF-8. Raises ValueError.
+    """
+    start = f.tell()
+    lines = (line for line in f if line.strip())
+    first, second = next(lines, b""), next(lines, b"")
+    f.seek(start)
+    if first and are_json_lines(first, second):
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from None
+                yield f"line {number}", record
+    elif first:
+        content = json.load(f)
+        items = content if isinstance(content, list) else [content]
+        if isinstance(content, dict) and is_container(content):
+            items = [item for part in content.values() if isinstance(part, list) for item in part]
+        for number, item in enumerate(items, 1):
+            yield f"item {number}", item
+
+
+def read_records(files):
+    """Yields where it is, "pairs.jsonl, line 3", and the record, of each record in files."""
+    for name, open_file in files.items():
+        try:
+            with open_file() as f:
+                for where, record in read_items(open_utf8(f)):
+                    yield f"{name}, {where}", record
+        except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{name}, {error}.") from None
+
+
+def read_rows(files, kind, all_kinds=False):
+    """Yields prompt and responses, best first, of each preference of a kind; of all kinds the first and the last."""
+    for _, record in read_records(files):
+        row_kind, prompt, responses = parse_preference(record)
+        if not all(text.strip() for text in responses):
+            continue
+        if all_kinds:
+            yield prompt, [responses[0], responses[-1]]
+        elif row_kind == kind:
+            yield prompt, responses
 
 
 def import_preferences(source, files):
     """
-    The preferences in files, name -> bytes -> {"pairs", "ranked", "best" where there are any: rows of responses as
-    text, best first}. Without pairs, these are the first and the last response of each row.
+    The preferences in files, name -> function that opens it -> {"pairs", "ranked", "best" where there are any: an
+    iterator over rows (prompt, responses), best first, which reads the files anew, all of which are checked here}.
+    Without pairs, these are the first and the last response of each row.
     """
-    rows, unread = {}, set()
-    for name, content in files.items():
-        is_lines, where = name.endswith(".jsonl"), "its text"
+    counts, widths, unread, num_empty = {}, {}, set(), 0
+    for where, record in read_records(files):
         try:
-            for number, item in enumerate(content.splitlines() if is_lines else list_items(content), 1):
-                where = f"line {number}" if is_lines else f"item {number}"
-                if is_lines and not item.strip():
-                    continue
-                record = json.loads(item) if is_lines else item
-                kind, responses = parse_preference(record)
-                kept = rows.setdefault(kind, [])
-                kept.append(responses)
-                if len(responses) != len(kept[0]):
-                    raise ValueError(f"it has {len(responses)} responses, those before it {len(kept[0])}")
-                unread |= {field for field, value in record.items() if isinstance(value, str)} - FIELDS
+            kind, _, responses = parse_preference(record)
         except ValueError as error:
-            raise UserError(f"{name}, {where}: {str(error)[:100]}.") from None
-    if not rows:
-        raise UserError(f"{source} holds no preferences: give a .jsonl or .json file, or a folder of them.")
-    print(f"{source}: " + ", ".join(f"{len(kept)} {kind}" for kind, kept in rows.items()))
+            raise UserError(f"{where}: {error}.") from None
+        width = widths.setdefault(kind, len(responses))
+        if len(responses) != width:
+            raise UserError(f"{where}: it has {len(responses)} responses, those before it {width}.")
+        unread |= unread_fields(record)
+        if all(text.strip() for text in responses):
+            counts[kind] = counts.get(kind, 0) + 1
+        else:
+            num_empty += 1
+    if not counts:
+        raise UserError(f"{source} holds no preferences ({num_empty} rows with an empty response): give a file of JSON "
+                        "Lines or JSON, or a folder of such files.")
+    print(f"{source}: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; left out, with an empty response: "
+          f"{num_empty}")
     if unread:
         print(f"  fields that are not read: {', '.join(sorted(unread))}")
-    if "pairs" not in rows:
+    if "pairs" not in counts:
         print("  pairs are the first and the last response of each row")
-    first_and_last = [[row[0], row[-1]] for kept in rows.values() for row in kept]
-    rows["pairs"] = rows.pop("pairs", first_and_last)  # in any case the last key, and the last file to be written
+    rows = {kind: read_rows(files, kind) for kind in ("ranked", "best") if kind in counts}
+    rows["pairs"] = read_rows(files, "pairs", "pairs" not in counts)  # the last file to be written
     return rows
 
+
+def encode_rows(tokenizer, rows):
+    """
+    Rows of (prompt, responses) as text -> the same as lists of tokens, a chunk at a time. Each response has its prompt
+    before it and is encoded with it: as the model reads it.
+    """
+    rows = iter(rows)
+    chunk = list(itertools.islice(rows, CHUNK))
+    while chunk:
+        texts = []
+        for prompt, responses in chunk:
+            texts += [prompt, *(prompt + response for response in responses)]
+        tokens = iter(tokenizer.encode(texts))
+        for _, responses in chunk:
+            yield next(tokens), [next(tokens) for _ in responses]
+        chunk = list(itertools.islice(rows, CHUNK))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sources
 
 def download_released_pairs():
     """The paper's released pairs -> as import_preferences. Raises UserError where the link is dead."""
@@ -102,11 +263,28 @@ def download_released_pairs():
                 with_retries(url, lambda: stream(url, f), {None: "the link may be dead"})
                 with zipfile.ZipFile(f) as archive:
                     members = [member for member in archive.namelist() if member.endswith(ENDINGS)]
-                    return import_preferences(url, {member: archive.read(member) for member in members})
+                    files = {member: functools.partial(io.BytesIO, archive.read(member)) for member in members}
+            return import_preferences(url, files)
         except (UserError, zipfile.BadZipFile) as error:
             failures.append(str(error))
     raise UserError(f"the released pairs cannot be imported ({' '.join(failures)}): use --source made, or name a "
                     "folder of files that you downloaded.")
+
+
+def find_files(source):
+    """The paths of a file, or of a folder's files of preferences. Raises UserError."""
+    if os.path.isdir(source):
+        paths = sorted(f"{source}/{name}" for name in os.listdir(source) if name.endswith(ENDINGS))
+        if not paths:
+            raise UserError(f"{source} holds no file that ends with {', '.join(ENDINGS[:4])}: name a file itself.")
+        return paths
+    if os.path.exists(source):
+        return [source]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.endswith(ENDINGS):
+        raise UserError(f"{source} does not exist; if it is a data set of the Hugging Face hub, {EXPORT}, and give "
+                        "that file.")
+    raise UserError(f"{source} does not exist: --source takes a file of preferences or a folder of them, made, or "
+                    "released.")
 
 
 def read_preferences(folder):
@@ -119,13 +297,8 @@ def read_preferences(folder):
         return {} if complete else download_released_pairs()
     if complete and not os.path.exists(source):
         return {}
-    paths = [source]
-    if os.path.isdir(source):
-        paths = sorted(f"{source}/{name}" for name in os.listdir(source) if name.endswith(ENDINGS))
-    elif not os.path.exists(source) or not source.endswith(ENDINGS):
-        raise UserError(f"{source} is not a .json or .jsonl file, or a folder of them: --source takes one, or made, or "
-                        "released.")
+    paths = find_files(source)
     folder.check_input("source", {os.path.basename(path): file_hash(path) for path in paths})
     if complete:
         return {}
-    return import_preferences(source, {path: Path(path).read_bytes() for path in paths})
+    return import_preferences(source, {path: functools.partial(open, path, "rb") for path in paths})

@@ -167,12 +167,14 @@ def test_another_source_is_refused(published, tmp_path):
     run()
     assert hashes(data) == before
     os.remove(data / "pairs.npy")
-    with pytest.raises(UserError, match="p.jsonl is not a .json or .jsonl file"):
+    with pytest.raises(UserError, match="p.jsonl does not exist"):
         run()
 
 
 @pytest.mark.parametrize("flags, words", [
     ("toy --num_pairs 0", "num_pairs is 0"),
+    ("toy --max_new_tokens 129 --source bad.jsonl", "max_new_tokens is 129, but the model reads 128"),
+    ("toy --drop_long", "drop_long is not read by toy with source toy"),
     ("toy --source bad.jsonl", "bad.jsonl, line 1"),
     ("toy --source made --judge llm", "OPENAI_BASE_URL"),
     ("toy --tokenizer bad.jsonl", "not a sentencepiece"),
@@ -235,7 +237,7 @@ def test_a_run_killed_at_any_moment_continues(published, tmp_path, monkeypatch):
         run(*flags)
         assert hashes(data) == whole, moment
     os.remove(data / "pairs.npy")
-    monkeypatch.setattr(prepare_data, "is_held_out", lambda row: row[0, 1] % 2 == 0)
+    monkeypatch.setattr(prepare_data, "is_held_out", lambda prompt, responses: responses[0][0] % 2)
     with pytest.raises(UserError, match="another pairs.npy before"):
         run()
     assert not (data / "pairs.npy").exists()

@@ -1,6 +1,10 @@
 """Preferences from files, the paper's release or a judge: what becomes of them, and what is refused."""
+import collections
+import functools
+import gzip
 import io
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -8,75 +12,219 @@ import pytest
 
 import prepare_data
 from extras import make_pairs, preferences, toyworld
-from extras.tests.conftest import TOKENIZER
+from extras.data_folder import open_folder
+from extras.tests.conftest import ROOT, TOKENIZER
 from extras.tests.test_data import FEW, hashes, pairs_file, texts, write_stories
 from model import BOS, UserError, file_hash, load_tokenizer
 
 LONG = "a " * 120
+PLAIN = [("Q: 1?\nHow?\n", ["é A.", "B."]), ("Q: 2?\nWhy?\n", ["C.", "Q. D."]), ("3\n4\n", ["E.", "F."])]
 
 
-def test_every_format_from_text_to_tokens_and_back(published, tmp_path, capsys):
+def read(content, name="p"):
+    """The rows of a file as lists, by kind."""
+    rows = preferences.import_preferences(name, {name: functools.partial(io.BytesIO, content)})
+    return {kind: list(kept) for kind, kept in rows.items()}
+
+
+def dump(records, form="lines"):
+    if form == "lines":
+        return "\n\n".join(map(json.dumps, records)).encode()
+    return json.dumps(records if form == "list" else {"set_1": records[:1], "set_2": records[1:], "date": "x"}).encode()
+
+
+def message(role, text, keys=("role", "content")):
+    return dict(zip(keys, (role, text)))
+
+
+def conversation(prompt, response, keys=("role", "content")):
+    """The prompt's two lines as messages, then the response."""
+    return [*(message("user", line, keys) for line in prompt.splitlines()), message("gpt", response, keys)]
+
+
+RECORDS = {
+    "plain": [dict(prompt=x, chosen=a, rejected=b) for x, (a, b) in PLAIN],
+    "repeated": [dict(prompt=x, chosen=x + a, rejected=x + b) for x, (a, b) in PLAIN],
+    "authors": [dict(prompt=x, story1=b, story2=a, label="2") for x, (a, b) in PLAIN],
+    "ranked": [dict(prompt=x, responses=[b, a], best=1) for x, (a, b) in PLAIN],
+    "implicit": [dict(chosen=conversation(x, a), rejected=conversation(x, b)) for x, (a, b) in PLAIN],
+    "from": [{k: conversation(x, y, ("from", "value")) for k, y in zip(("chosen", "rejected"), ys)} for x, ys in PLAIN],
+    "explicit": [dict(prompt=conversation(x, "")[:2], chosen=[message("gpt", a)], rejected=[message("gpt", b)])
+                 for x, (a, b) in PLAIN],
+    "both": [dict(prompt=x.splitlines()[0], chosen=conversation(x, a), rejected=conversation(x, b))
+             for x, (a, b) in PLAIN],
+    "input": [dict(instruction=x.partition("\n")[0], input=x.partition("\n")[2], chosen=a, rejected=b)
+              for x, (a, b) in PLAIN],
+    **{name: [{name: x, "prompt": "", "chosen": a, "rejected": b} for x, (a, b) in PLAIN]
+       for name in ("instruction", "question", "request", "context", "query")},
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_format_is_its_plain_form(name):
+    assert read(dump(RECORDS[name]))["pairs"] == PLAIN
+
+
+def test_what_a_file_holds_is_told_by_its_content(capsys):
+    contents = [dump(RECORDS["plain"], form) for form in ("lines", "list", "object")]
+    contents += [json.dumps(RECORDS["plain"], indent=1).encode(), contents[0].replace(b"\n", b"\r\n")]
+    contents += [x.decode().encode(code) for x in contents for code in ("utf-8-sig", "utf-16")]
+    contents += [b"\xfe\xff" + contents[0].decode().encode("utf-16-be"), *map(gzip.compress, contents)]
+    for content in contents:
+        assert read(content)["pairs"] == PLAIN
+    assert read(json.dumps(RECORDS["plain"][0], indent=1).encode())["pairs"] == PLAIN[:1]
+    assert "not read" not in capsys.readouterr().out
+
+
+def test_what_has_no_prompt_and_what_is_not_read(capsys):
+    """Texts that begin alike; an empty response; a second prompt; a prompt that only one response repeats."""
+    records = [dict(chosen="Once a", rejected="Once b", note="x", number=3), dict(chosen="a", rejected=" "),
+               dict(question="q", query="r", input="s", output="", chosen="qa", rejected="b", context=None)]
+    assert read(dump(records)) == dict(pairs=[("", ["Once a", "Once b"]), ("q", ["qa", "b"])])
+    out = capsys.readouterr().out
+    assert "p: 2 pairs; left out, with an empty response: 1\n  fields that are not read: input, note, query\n" in out
+    rows = read(b'[{"responses": ["a", "b", "c"], "prompt": "x"}]')
+    assert rows == dict(ranked=[("x", ["a", "b", "c"])], pairs=[("x", ["a", "c"])])
+
+
+class MergingTokenizer:
+    """A character is a token, its code; but "ab" is one token, 7. Unknown are digits, 0."""
+
+    def encode(self, texts):
+        return [[0 if c.isdigit() else ord(c) for c in text.replace("ab", "\7")] for text in texts]
+
+
+@pytest.fixture
+def save(tmp_path, monkeypatch):
+    """A function that saves rows of texts as pairs, the last one held out -> their tokens, prompt lengths or None."""
+    counter = iter(range(99))
+    monkeypatch.setattr(prepare_data, "is_held_out", lambda prompt, responses: False)
+
+    def run(rows, limit=8, **settings):
+        path = tmp_path / f"saved{next(counter)}"
+        with open_folder(str(path)) as folder:
+            folder.settings = dict(max_new_tokens=limit, **settings)
+            rows = preferences.encode_rows(MergingTokenizer(), rows)
+            prepare_data.save_preferences(folder, "pairs", rows, 0)
+            folder.save()
+        files = [path / name.replace(".npy", "_prompt_length.npy") for name in prepare_data.PAIR_FILES]
+        y = np.concatenate([np.load(path / name) for name in prepare_data.PAIR_FILES])
+        assert y.dtype == np.uint16 and files[0].exists() == files[1].exists()
+        return y.tolist(), np.concatenate(list(map(np.load, files))).tolist() if files[0].exists() else None
+    return run
+
+
+def test_a_row_of_tokens_and_the_length_of_its_prompt(save):
+    """A token that a response shares with its prompt's end is the response's; the prompt counts for the limit."""
+    x, a, b, c, d = map(ord, "xabcd")
+    assert save([("", ["x", "cd"]), ("", ["ccccccccc", "d"])]) == ([
+        [[1, x, *[1] * 7], [1, c, d, *[1] * 6]], [[1, *[c] * 8], [1, d, *[1] * 7]]], None)
+    y, lengths = save([("xa", ["b", "c"]), ("xa", ["cd", "d"]), ("", ["xc", "xd"]), ("xabc", ["d", "c"])])
+    assert y == [[[1, x, 7, 1, 1, 1], [1, x, a, c, 1, 1]], [[1, x, a, c, d, 1], [1, x, a, d, 1, 1]],
+                 [[1, x, c, 1, 1, 1], [1, x, d, 1, 1, 1]], [[1, x, 7, c, d, 1], [1, x, 7, c, c, 1]]]
+    assert lengths == [2, 3, 1, 4]
+
+
+def test_what_is_cut_and_left_out_is_counted_before_it_is(save, capsys):
+    rows = [("", responses) for responses in (
+        ["a", "b"], ["b", "b"], ["a", "b"], ["b", "a"],
+        ["ccccccccc", "a"], ["ccccccccd", "a"], ["ccccccccd", "ccccccccc"], ["1cccccccc", "1cccccccc"])]
+    rows += [("ccccccc", ["a", "b"]), ("cccccccc", ["a", "b"])]
+    assert len(save(rows)[0]) == 4
+    out = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in out.splitlines() if "making" not in line)
+    assert ("pairs: 10 rows, 10 responses cut at 8 tokens left out: 2 identical, 1 duplicated, 2 identical only "
+            "because of the cut, 1 prompt too long unknown characters: 2.04% of the tokens") in " ".join(out.split())
+    assert "as <unk>" in out and "  3 rows to train on, 1 held out" in out
+    assert len(save(rows, drop_long=True)[0]) == 2
+    out = capsys.readouterr().out
+    assert "10 responses over 8 tokens\n  left out: 1 identical, 1 duplicated, 5 too long, 1 prompt too long" in out
+    assert len(save([*rows[:1], *rows[4:7]], limit=10)[0]) == 4
+    assert "as <unk>" not in capsys.readouterr().out
+    too_few = dict(length=rows[5:8], prompt=rows[9:] * 2, more=rows[:3])
+    remedy = "give --max_new_tokens above 8, or with --drop_long more rows that fit"
+    for name, words in dict(length=remedy, prompt=remedy, more="give more preferences").items():
+        with pytest.raises(UserError, match=f"rows are left for .*, left out: .*: {words}"):
+            save(too_few[name])
+
+
+def test_rows_of_many_responses_from_text_to_tokens_and_back(published, tmp_path):
     """What the token files hold is the text, best first, and each row is in one of two files."""
     data, run = published
-    stories = write_stories(58)
-    pairs = [list(pair) for pair in zip(stories[:40:2], stories[1:40:2])]
-    records = [dict(story1=a, story2=b, label=1) for a, b in pairs[:5]]
-    records += [dict(story1=b, story2=a, label="2") for a, b in pairs[5:10]]
-    records += [dict(prompt=None, chosen=a, rejected=b) for a, b in pairs[10:15]]
-    for pair in pairs[15:]:
-        records.append(dict(prompt="Once ", chosen=pair[0], rejected=pair[1], note="x"))
-        pair[:] = ["Once " + pair[0], "Once " + pair[1]]
-    ranked, best = ([stories[i:i + 3] for i in range(start, start + 9, 3)] for start in (40, 49))
-    records += [dict(responses=row) for row in ranked]
+    stories = write_stories(60)
+    ranked, best, pairs = ([stories[i:i + 3] for i in range(start, start + 18, 3)] for start in (0, 18, 36))
+    records = [dict(responses=row) for row in ranked]
     records += [dict(responses=[row[1], row[2], row[0]], best=2) for row in best]
+    records += [dict(chosen=a, rejected=b, prompt="Soon ") for a, b, _ in pairs]
     (tmp_path / "s").mkdir()
-    (tmp_path / "s/a.json").write_text(json.dumps({"set_1": records[:3], "set_2": records[3:12], "date": "x"}))
-    (tmp_path / "s/b.jsonl").write_text("\n\n".join(map(json.dumps, records[12:])))
+    (tmp_path / "s/a.json").write_bytes(gzip.compress(dump(records[:9])))
+    (tmp_path / "s/b.jsonl.gz").write_bytes(dump(records[9:], "object"))
     run("--source", str(tmp_path / "s"), *FEW)
-    out = capsys.readouterr().out
-    assert "s: 20 pairs, 3 ranked, 3 best" in out and "fields that are not read: note" in out
+    pairs = [["Soon " + a, "Soon " + b] for a, b, _ in pairs]
     for name, rows in (("pairs", pairs), ("ranked", ranked), ("best", best)):
         assert sorted(texts(data, name, f"heldout_{name}")) == sorted(rows)
+    lengths = sorted(path.name for path in data.glob("*_prompt_length.npy"))
+    assert lengths == ["heldout_pairs_prompt_length.npy", "pairs_prompt_length.npy"]
 
 
-def test_a_row_of_tokens(published, tmp_path):
-    """BOS, the tokens of the text, BOS to the end; cut at max_new_tokens."""
+def test_rows_are_held_out_by_prompt_or_else_by_their_responses(published, tmp_path):
+    """One in twenty; the same prompt is on one side."""
     data, run = published
-    tokenizer = load_tokenizer(TOKENIZER, 640)
-    stories = [*write_stories(3), LONG]
-    run("--source", pairs_file(tmp_path, stories), *FEW)
-    rows = np.concatenate([np.load(data / name) for name in prepare_data.PAIR_FILES]).reshape(4, 101).tolist()
-    for story in stories:
-        assert [BOS, *tokenizer.encode(story), *[BOS] * 100][:101] in rows
+    stories = write_stories(800)
+    prompts = 2 * [story[:40] for story in stories[1:400:4]]
+    records = [dict(chosen=a, rejected=b) for a, b in zip(stories[:400:2], stories[1:400:2])]
+    records += [dict(prompt=x, chosen=a, rejected=b) for x, a, b in zip(prompts, stories[400::2], stories[401::2])]
+    (tmp_path / "p.jsonl").write_bytes(dump(records))
+    run("--source", str(tmp_path / "p.jsonl"), *FEW)
+    sides = collections.defaultdict(set)
+    for side, name in enumerate(("pairs", "heldout_pairs")):
+        lengths = np.load(data / f"{name}_prompt_length.npy")
+        assert len(lengths) == len(np.load(data / f"{name}.npy")) and (lengths > 1).any() and (lengths == 1).any()
+        assert 0.4 < (lengths == 1).mean() < 0.6 or side
+        for row, length in zip(np.load(data / f"{name}.npy"), lengths):
+            key = row[0, :length] if length > 1 else np.sort(row, 0)
+            sides[key.tobytes()].add(side)
+    assert all(len(side) == 1 for side in sides.values()) and len(sides) < 310
 
 
-def test_rows_are_held_out_by_their_responses_alone(published, tmp_path):
-    """One in twenty, however its responses are ordered and padded."""
-    data, run = published
-    run("--source", pairs_file(tmp_path, write_stories(400)), *FEW)
-    train, heldout = (np.load(data / name) for name in prepare_data.PAIR_FILES)
-    assert len(train) + len(heldout) == 200 and 3 <= len(heldout) <= 17
-    for y, expected in ((train, False), (heldout, True)):
-        swapped = np.pad(y[:, ::-1], ((0, 0), (0, 0), (0, 9)), constant_values=BOS)
-        assert {prepare_data.is_held_out(row) for row in swapped} == {expected}
+REAL = f"{ROOT}/../shared/real"
 
 
-def test_what_is_left_out_is_counted(published, tmp_path, monkeypatch, capsys):
-    data, run = published
-    monkeypatch.setattr(prepare_data, "is_held_out", lambda row: False)  # of every row: but one is needed
-    stories = ["b", "a", "b", "b", "a", "b", "a", "b", LONG + "b", LONG, LONG, "a"]
-    with pytest.raises(UserError, match="1 of 5 rows .*2 have a response twice, 2 are duplicates"):
-        run("--source", pairs_file(tmp_path, [*stories[2:8], *stories[4:6], *stories[8:10]]), *FEW)
-    run("--source", pairs_file(tmp_path, stories), *FEW)
-    out = capsys.readouterr().out
-    assert "6 rows, 3 responses without an end in 100 tokens\n  left out: 2 have a response twice, 1 are dup" in out
-    assert "2 rows to train on, 1 held out" in out
-    assert [len(np.load(data / name)) for name in prepare_data.PAIR_FILES] == [2, 1]
+@pytest.mark.skipif(not os.path.exists(REAL), reason="needs real files")
+@pytest.mark.parametrize("name, limit, kept", [
+    ("instructions", 255, 1094), ("instructions", 60, 905), ("shard", 300, 21)])
+def test_every_row_of_real_files(tmp_path, name, limit, kept):
+    """Against a plain loop over the file, with the published tokenizer of 512 pieces."""
+    tokenizer = load_tokenizer(f"{REAL}/tok512.model", 512)
+    with open_folder(str(tmp_path / "data")) as folder:
+        folder.settings = dict(source=f"{REAL}/{name}.json", max_new_tokens=limit)
+        rows = preferences.encode_rows(tokenizer, preferences.read_preferences(folder)["pairs"])
+        prepare_data.save_preferences(folder, "pairs", rows, tokenizer.unk_id())
+    files = [f"{tmp_path}/data/{file}" for file in prepare_data.PAIR_FILES]
+    lengths = np.concatenate([np.load(file.replace(".npy", "_prompt_length.npy")) for file in files])
+    rows = np.concatenate([np.load(file) for file in files])
+    expected = set()
+    with open(f"{REAL}/{name}.json") as f:
+        records = json.load(f)
+    for record in records:
+        prompt = record.get("request") or "\n".join(filter(None, (record["instruction"], record["input"])))
+        row = [tokenizer.encode(prompt + record[key]) for key in ("chosen", "rejected")]
+        length = len(os.path.commonprefix([tokenizer.encode(prompt), *row])) + 1
+        row = [([BOS, *tokens, *[BOS] * limit])[:limit + 1] for tokens in row]
+        if row[0] != row[1] and length <= limit:
+            expected.add((length, np.array(row, np.uint16)[:, :rows.shape[2]].tobytes()))
+    assert {(length, row.tobytes()) for length, row in zip(lengths, rows)} == expected and len(rows) == kept
 
 
-def test_without_pairs_these_are_the_first_and_the_last():
-    rows = preferences.import_preferences("p.json", {"p.json": b'[{"responses": ["a", "b", "c"]}]'})
-    assert rows == dict(ranked=[["a", "b", "c"]], pairs=[["a", "c"]])
+def test_which_rows_are_held_out():
+    rows = np.random.default_rng(0).integers(2, 600, (2000, 2, 5)).tolist()
+    held_out = [prepare_data.is_held_out([], row) for row in rows]
+    assert 60 < sum(held_out) < 130 and held_out == [prepare_data.is_held_out([], row[::-1]) for row in rows]
+    assert [prepare_data.is_held_out(row[0], row) for row in rows] == [
+        prepare_data.is_held_out(row[0], other) for row, other in zip(rows, rows[1:] + rows[:1])] != held_out
+    for given, prompts, expected in (([0, 1, 0], [1, 1, 1], [0, 1, 0]), ([0, 0, 0], [5, 6, 5], [1, 0, 1]),
+                                     ([1, 1, 1], [5, 6, 6], [0, 1, 1]), ([1, 1], [5, 5], [0, 1])):
+        assert prepare_data.hold_out_some(np.array(given) > 0, np.array(prompts)).tolist() == expected
 
 
 @pytest.mark.parametrize("line, words", [
@@ -85,9 +233,10 @@ def test_without_pairs_these_are_the_first_and_the_last():
     ("7", "line 3: it is not an object"),
     ('{"chosen": "a"}', "line 3: it has neither"),
     ('{"responses": "ab"}', "line 3: it has neither"),
-    ('{"chosen": "a", "rejected": 3}', "line 3: .* is not a string"),
-    ('{"prompt": ["x"], "chosen": "a", "rejected": "b"}', "line 3: .* is not a string"),
-    ('{"chosen": "a", "rejected": " "}', "line 3: a response is empty"),
+    ('{"chosen": "a", "rejected": 3}', "line 3: .* is neither a string nor a list of messages"),
+    ('{"prompt": ["x"], "chosen": "a", "rejected": "b"}', "line 3: .* is neither a string"),
+    ('{"chosen": [], "rejected": [{"role": "user"}]}', "line 3: .* is neither a string"),
+    ('{"responses": ["a", "b"], "scores": [0.1, 2]}', "line 3: its scores are numbers: order its responses"),
     ('{"chosen": "a", "rejected": "\\ud800"}', "line 3: .*surrogates"),
     ('{"story1": "a", "story2": "b", "label": 0}', "line 3: its label is 0, not 1 or 2"),
     ('{"responses": ["a"]}', "line 3: it has fewer than two"),
@@ -98,13 +247,35 @@ def test_without_pairs_these_are_the_first_and_the_last():
 def test_malformed_lines_are_refused_by_number_and_reason(line, words):
     content = f'{{"chosen": "A story.", "rejected": "Another."}}\n\n{line}\n'.encode("latin-1")
     with pytest.raises(UserError, match=f"^p.jsonl, {words}"):
-        preferences.import_preferences("p.jsonl", {"p.jsonl": content})
+        read(content, "p.jsonl")
 
 
-@pytest.mark.parametrize("content, words", [(b"{", "its text"), (b"[3]", "item 1"), (b"{}", "holds no preferences")])
-def test_malformed_files_are_refused(content, words):
+@pytest.mark.parametrize("content, words", [
+    (b"{", "p, Expecting property name"), (b"{}", "p, line 1: it has neither"), (b"", "p holds no preferences"),
+    (b'{"set_1": []}', "p holds no preferences"), (dump([dict(chosen="", rejected="b")]), "1 rows with an empty"),
+    (b"[3]", "p, item 1: .* but a int: scores"), (b"0.5\n1\n", "p, line 1: .* but a float: scores"),
+    (b"PAR1\x15\4", "it is Parquet: export it as JSON Lines"), (b"ARROW1\0\0", "it is Arrow: export"),
+    (b"\xff\xff\xff\xff\x10", "Arrow stream: export"), (b"PK\3\4", "zip archive: unpack"),
+    (b"chosen,rejected\na,b\n", "it is not JSON but text, or CSV: export"), (b"{\0", "save it as UTF-8"),
+    (gzip.compress(dump(RECORDS["plain"]))[:-20], "p, Compressed file ended"),
+])
+def test_files_that_cannot_be_used_are_refused_with_what_they_are(content, words):
     with pytest.raises(UserError, match=words):
-        preferences.import_preferences("p.json", {"p.json": content})
+        read(content)
+
+
+def test_which_files_of_a_folder_are_read_and_what_does_not_exist(tmp_path):
+    names = ["a.jsonl", "b.json.gz", "c.parquet"]
+    for name in [*names, "README.md"]:
+        (tmp_path / name).touch()
+    assert preferences.find_files(str(tmp_path)) == [f"{tmp_path}/{name}" for name in names]
+    assert preferences.find_files(f"{tmp_path}/README.md") == [f"{tmp_path}/README.md"]
+    (tmp_path / "empty").mkdir()
+    for source, words in (("someone/some-data", "of the Hugging Face hub, export it"),
+                          (f"{tmp_path}/empty", "holds no file that ends with .json, .jsonl"),
+                          ("data/p.jsonl", "^data/p.jsonl does not exist: --source takes")):
+        with pytest.raises(UserError, match=words):
+            preferences.find_files(source)
 
 
 def test_the_release_under_its_second_spelling(published, tmp_path, mirror, monkeypatch):
