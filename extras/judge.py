@@ -137,13 +137,14 @@ def make_evaluate(args):
     paired = prompts.shape[1] > 1  # with prompts, samples for the same one are compared
     if paired:
         y_ref = sample(args, reference, prompts, EVAL_REF)
+        spo.hash_files(args, "heldout_pairs.npy", f"heldout_pairs{spo.PROMPT_LENGTH}")
     else:
         tokens = spo.load_responses(path, reference.args, 2, 1).tokens[:NUM_REF, 0]
         y_ref = spo.trim_padding(torch.from_numpy(tokens.astype("int64")).to(args.device))
+        spo.hash_files(args, "ref.npy")
     if args.judge == "llm" and args.num_eval_samples > len(y_ref):
         raise UserError(f"--num_eval_samples must be at most {len(y_ref)}, the rows the llm compares with.")
     judge = make_judge(args, tokenizer, y_ref, paired)
-    spo.hash_files(args, "ref.npy", "heldout_pairs.npy", f"heldout_pairs{spo.PROMPT_LENGTH}")
     args.hashes["tokenizer"] = file_hash(args.tokenizer)
 
     def evaluate(policy, ref, step):

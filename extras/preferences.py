@@ -53,10 +53,11 @@ def message_texts(value):
     return texts
 
 
-def split_prompt(prompts, responses):
+def split_prompt(prompts, responses, newline):
     """
     The prompt and the responses without it, as strings, where each of them is a string or a list of messages. The
-    responses may repeat the prompt. Messages are joined by a newline, also the prompt's last with the response.
+    responses may repeat the prompt. Messages are joined by a newline, and so are, where newline says so, the prompt and
+    a response that does not repeat it.
     """
     has_messages = not all(isinstance(value, str) for value in (*prompts, *responses))
     prompts = [text for value in prompts for text in message_texts(value)]
@@ -67,11 +68,11 @@ def split_prompt(prompts, responses):
     leading = responses[0][:shared]
     prompts = [text for text in prompts if text not in leading] + leading
     prompt = "\n".join(prompts)
-    if has_messages and prompts:
-        prompt += "\n"
     responses = ["\n".join(texts[shared:]) for texts in responses]
     if all(response.startswith(prompt) for response in responses):
         responses = [response[len(prompt):] for response in responses]
+    elif (newline or has_messages) and not prompt.endswith("\n"):
+        prompt += "\n"
     return prompt, responses
 
 
@@ -103,7 +104,8 @@ def parse_preference(record):
     for name, value in record.items():
         if kind == "ranked" and isinstance(value, list) and all(type(x) in (int, float) for x in value):
             raise ValueError(f"its {name} are numbers: order its responses, best first, and leave {name} out")
-    prompt, responses = split_prompt([record[name] for name in prompt_fields(record)], responses)
+    names = prompt_fields(record)
+    prompt, responses = split_prompt([record[name] for name in names], responses, newline=names not in ((), ("prompt",)))
     "".join([prompt, *responses]).encode()  # raises UnicodeEncodeError, a ValueError, at half of a surrogate pair
     responses.insert(0, responses.pop(best))
     return kind, prompt, responses
