@@ -41,10 +41,10 @@ def attend(attention, x, freqs_cis, keys, values, pos):
     return attention.wo((weights @ values).view(B, 1, -1))
 
 
-def sample_step(model, cache, tokens, uniforms, finished, finite, pos):
+def sample_step(model, cache, tokens, uniforms, lengths, finished, finite, pos):
     """
-    Reads tokens (B, length) at pos, writes them at pos + 1, and advances pos; all in place. finished (B,): the rows
-    that have ended. finite: whether all logits so far were; model.sample_token asks at once, so it would wait here.
+    Reads tokens (B, length) at pos, writes them at pos + 1 unless they are the prompt's there, and advances pos; all in
+    place. lengths (B,): of the prompts. finished (B,): the rows that have ended. finite: whether all logits so far were; model.sample_token asks at once, so it would wait here.
     """
     freqs_cis = model.freqs_cis.index_select(0, pos)
     x = model.tok_embeddings(tokens.index_select(1, pos))                           # (B, 1, dim)
@@ -58,8 +58,10 @@ def sample_step(model, cache, tokens, uniforms, finished, finite, pos):
     next_token = torch.searchsorted(cumulative, uniform, right=True)[:, 0]
     next_token = torch.where(finished | ~finite, BOS, next_token)
     pos += 1
+    given = pos < lengths
+    next_token = torch.where(given, tokens.index_select(1, pos)[:, 0], next_token)
     tokens.index_copy_(1, pos, next_token[:, None])
-    finished |= next_token == BOS
+    finished |= (next_token == BOS) & ~given
 
 
 def check_compiler():
@@ -74,27 +76,30 @@ def check_compiler():
 
 @torch.no_grad()
 def fast_generate(model, prompt, max_new_tokens, generator=None):
-    """Continues prompt (B, 1) to tokens (B, 1 + max_new_tokens) as model.generate does. generator: on the CPU."""
-    B, device = len(prompt), prompt.device
-    assert prompt.shape == (B, 1), "prompt must be one token per row, BOS"
-    assert max_new_tokens <= model.args.max_seq_len, f"{max_new_tokens} tokens exceed {model.args.max_seq_len}"
+    """Continues prompt (B, P) to tokens (B, P + max_new_tokens) as model.generate does. generator: on the CPU."""
+    B, P = prompt.shape
+    device = prompt.device
+    assert P + max_new_tokens <= model.args.max_seq_len + 1, f"the model reads {model.args.max_seq_len} tokens"
     if device.type == "cpu":
         check_compiler()
-    uniforms = torch.rand(B, max_new_tokens, generator=generator).to(device)
-    tokens = F.pad(prompt, (0, max_new_tokens), value=BOS)                          # (B, 1 + max_new_tokens)
+    lengths = (prompt >= 0).sum(1)
+    shortest = int(lengths.min())
+    uniforms = torch.rand(B, P - shortest + max_new_tokens, generator=generator).to(device)
+    uniforms = F.pad(uniforms, (shortest - 1, 0))           # from here on the column is the position that is read
+    tokens = F.pad(prompt.masked_fill(prompt < 0, BOS), (0, max_new_tokens), value=BOS)
     pos = torch.zeros(1, dtype=torch.long, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     finite = torch.ones(1, dtype=torch.bool, device=device)
     attention = model.layers[0].attention
-    k = attention.wk(model.tok_embeddings(prompt))  # for its dtype, which under autocast is another
-    shape = (B, k.shape[-1] // attention.head_dim, max_new_tokens, attention.head_dim)
+    k = attention.wk(model.tok_embeddings(tokens[:, :1]))  # for its dtype, which under autocast is another
+    shape = (B, k.shape[-1] // attention.head_dim, tokens.shape[1] - 1, attention.head_dim)
     cache = [(k.new_zeros(shape), k.new_zeros(shape)) for layer in model.layers]
     compiled_step = torch.compile(sample_step, dynamic=False)
 
     def step():
-        compiled_step(model, cache, tokens, uniforms, finished, finite, pos)
+        compiled_step(model, cache, tokens, uniforms, lengths, finished, finite, pos)
 
-    for t in range(max_new_tokens):
+    for t in range(tokens.shape[1] - 1):
         if t == 3 and tokens.is_cuda:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

@@ -87,6 +87,23 @@ def test_pairs_are_labelled_by_the_experts_taste_with_draws_of_the_seed(tmp_path
     assert not np.array_equal(np.load(data / "pairs.npy"), pairs("naive", 0))
 
 
+def test_prompted_pairs_continue_the_opening_sentence_of_a_story(tmp_path):
+    data = str(tmp_path / "data")
+    prepare_data.main(["toy", "--data", data, "--tokenizer", TOKENIZER, *SMALLEST, "--num_pairs", "40", "--prompted"])
+    tokenizer, args = load_tokenizer(TOKENIZER, 640), load(f"{data}/sft.pt").args
+    for name, stories in (("pairs", "stories"), ("ranked", "stories"), ("heldout_pairs", "heldout"), ("ref", "stories")):
+        responses = spo.load_responses(f"{data}/{name}.npy", args, 1, 1 if name == "ref" else None)
+        first = [toyworld.parse(story)[0][0] for [story] in texts(data, stories)]
+        prompts = responses.prompts(torch.arange(len(responses)))
+        given = [[token for token in prompt.tolist() if token >= 0] for prompt in prompts]
+        assert tokenizer.decode(given) == (2 * first)[:len(responses)]  # from the first story again, for 40 of 32
+        rows, lengths = torch.from_numpy(responses.tokens.astype(int)), (prompts >= 0).sum(1)
+        for row, prompt, n in zip(rows, prompts, lengths):
+            assert (row[:, :n] == prompt[:n]).all()
+    best, ranked = (np.load(f"{data}/{name}_prompt_length.npy") for name in ("best", "ranked"))
+    assert np.array_equal(best, ranked) and len(set(ranked)) > 1
+
+
 def test_pretraining_reaches_what_it_prints_and_learns(world, capsys):
     stories, heldout = np.load(f"{world}/stories.npy"), np.load(f"{world}/heldout.npy")[:64]
     y = torch.from_numpy(heldout[:, 0].astype(int))

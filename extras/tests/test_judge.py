@@ -133,6 +133,34 @@ def test_an_evaluation_is_a_slow_loop_over_its_samples_and_shows_some(data, caps
     assert args.hashes == {"ref.npy": file_hash(f"{data}/ref.npy"), "tokenizer": file_hash(TOKENIZER)}
 
 
+@torch.no_grad()
+def test_with_prompts_the_samples_for_the_same_held_out_prompt_are_compared(data):
+    tokenizer, prompts = load_tokenizer(TOKENIZER, 640), [[BOS, 9, 8], [BOS], [BOS, 7, 6, 5]]
+    rows = np.full((3, 2, 9), 20, np.uint16)
+    for row, prompt in zip(rows, prompts):
+        row[:, :len(prompt)] = prompt
+    np.save(f"{data}/heldout_pairs.npy", rows)
+    np.save(f"{data}/heldout_pairs_prompt_length.npy", np.array([3, 1, 4], np.uint16))
+    padded = torch.tensor([prompt + [-1] * (4 - len(prompt)) for prompt in prompts])[torch.arange(20) % 3]
+    args, policy, ref = get_args(data, "--num_eval_samples", "20"), tiny(3), load(f"{data}/sft.pt")
+    record = judge.make_evaluate(args)(policy, ref, 5)
+    y = spo.sample(policy, padded, 40, spo.rng(0, spo.EVAL, 5))
+    y_ref = spo.sample(ref, padded, 40, spo.rng(0, judge.EVAL_REF))
+    r, r_ref = ([toyworld.reward(text) for text in tokenizer.decode(x.tolist())] for x in (y, y_ref))
+    wins = [1 / (1 + math.exp(b - a)) for a, b in zip(r, r_ref)]
+    kl, length = [], []
+    for i, row in enumerate(y):
+        end, start = end_of(row), len(prompts[i % 3])
+        p, q = (model(row[None, :end])[0, start - 1:].softmax(-1) for model in (policy, ref))
+        kl.append((p * (p / q).log()).sum())
+        length.append(end - start + 1)
+    expected = dict(win_rate=np.mean(wins), win_rate_se=np.std(wins, ddof=1) / 20 ** 0.5, kl=np.mean(kl),
+                    length=np.mean(length))
+    assert {name: record[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert record["win_rate"] != pytest.approx(mean_win(r, r_ref), rel=1e-3)
+    assert set(args.hashes) == {"heldout_pairs.npy", "heldout_pairs_prompt_length.npy", "tokenizer"}
+
+
 def test_missing_files(data):
     with pytest.raises(UserError, match="reward.pt does not exist: create it with `python prepare_data.py toy"):
         judge.make_evaluate(get_args(data, "--judge", "reward"))

@@ -40,6 +40,11 @@ def test_the_samples_are_those_of_generate(not_compiled, n_kv_heads):
         assert torch.equal(fast_generate(model, PROMPT, max_new_tokens, seeded()), expected)
     assert not torch.equal(fast_generate(model, PROMPT, 40, seeded(2)), expected)
     assert 0 < (expected[:, 1:11] == BOS).any(1).sum() < 20  # some end early
+    prompts = torch.randint(2, 30, (20, 6), generator=seeded())
+    prompts[torch.arange(6) > torch.arange(20)[:, None]] = -1
+    for prompt in (prompts, prompts[2:]):  # of one to six tokens, and of three or more
+        y = generate(model, prompt, 20, generator=seeded())
+        assert torch.equal(fast_generate(model, prompt, 20, seeded()), y) and (y[10:, :6] == prompt[10:]).all()
 
 
 def test_it_stops_where_all_rows_are_finished_and_where_it_cannot_sample(not_compiled, monkeypatch):

@@ -252,6 +252,28 @@ def test_a_wrong_flag_is_one_sentence_and_status_2(world, tmp_path, flags, words
     assert sorted(os.listdir(tmp_path)) == before  # nothing half-written
 
 
+def test_best_is_within_the_bound_on_the_kl(world, tmp_path, capsys):
+    """A run that diverges: its win rate rises, but beyond the bound; resuming knows that too."""
+    evaluations = {0: (0.5, 0.0), 5: (0.6, 3.0), 10: (0.9, 12.0), 15: (0.7, None), 20: (0.55, 1.0)}
+
+    def evaluate(policy, ref, step):
+        win_rate, kl = evaluations[step]
+        return dict(win_rate=win_rate, kl=float("nan") if kl is None else kl)
+
+    for out, flags in (("a", ["--steps", "20"]), ("b", ["--steps", "10"])):
+        args = get_args(world, tmp_path / out, "--max_kl", "10", *flags)
+        spo.train(args, evaluate)
+        if out == "b":
+            spo.train(get_args(world, tmp_path / out, "--max_kl", "10", "--steps", "20", "--resume"), evaluate)
+        warnings = capsys.readouterr().out.count("warning: kl is above --max_kl 10: best.pt stays as it is")
+        assert warnings == (1 if out == "a" else 2)
+        spo.train(get_args(world, tmp_path / f"{out}5", "--max_kl", "10", "--steps", "5"), evaluate)
+        assert torch.equal(weights(tmp_path / out / "best.pt"), weights(tmp_path / f"{out}5/best.pt"))
+        assert torch.load(tmp_path / out / "ckpt.pt")["best_win_rate"] == 0.6
+    spo.train(get_args(world, tmp_path / "free", "--steps", "20"), evaluate)
+    assert not torch.equal(weights(tmp_path / "free/best.pt"), weights(tmp_path / "a/best.pt"))
+
+
 def test_what_may_differ_when_resuming_and_nothing_else(world, tmp_path):
     data = shutil.copytree(world, tmp_path / "data")
     run(str(data), tmp_path / "a", "--steps", "2")
