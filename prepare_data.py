@@ -26,6 +26,7 @@ import torch
 from extras import toyworld
 from extras.data_folder import open_folder
 from extras.download import download_verified, full_url
+from extras.judge import check_num_ref
 from extras.llm_judge import get_endpoint
 from extras.make_pairs import make_pairs
 from extras.preferences import encode_rows, read_preferences
@@ -316,14 +317,16 @@ def get_args(argv=None):
     p.add_argument("--tokenizer", help="the toy world's (default: tokenizer.model)")
     p.add_argument("--source", help="of preferences: made, released, or a file or folder of them (docs/data.md) "
                    "(default: toy, the toy world's own; for a published model none)")
-    p.add_argument("--judge", choices=(*toyworld.TASTES, "llm"), help="of made pairs (default: <model>, or llm)")
+    p.add_argument("--judge", choices=(*toyworld.TASTES, "readability", "llm"),
+                   help="of made pairs (default: <model>, or llm); readability needs no endpoint")
     p.add_argument("--seed", type=int, help="of stories, training and samples (default: 0)")
     p.add_argument("--num_stories", type=int, help="stories of the grammar to train on (default: 20000)")
     p.add_argument("--sft_steps", type=int, help="steps of that training (default: 1000)")
     p.add_argument("--prompted", action="store_true", default=None,
                    help="toy: both responses of a row continue the first sentence of a story")
     p.add_argument("--num_pairs", type=int, help="pairs to sample; half as many rows of four (default: 4000)")
-    p.add_argument("--num_ref", type=int, help="samples of the reference model in ref.npy (default: 2000)")
+    p.add_argument("--num_ref", type=int, help="samples of the reference model in ref.npy (default: 2000; with "
+                   "--judge readability 12000)")
     p.add_argument("--max_new_tokens", type=int, help="longest response and sample in tokens, with its prompt and end "
                    "(default: as in training)")
     p.add_argument("--drop_long", action="store_true", default=None, help="of files: leave out rows with a longer "
@@ -355,6 +358,8 @@ def get_settings(args, folder):
         defaults.update(num_pairs=4000)
     if source == "made":
         defaults.update(judge=args.model if toy else "llm")
+        if "readability" in (args.judge, folder.settings.get("judge")):
+            defaults.update(num_ref=12_000)
     elsewhere = ("data", "tokenizer") if toy else ("data",)  # not settings of the folder
     given = {name: value for name, value in vars(args).items() if value is not None and name not in elsewhere}
     for name in given:
@@ -385,6 +390,8 @@ def prepare(folder, tokenizer_path):
     make_pairs_now = source == "made" and not folder.has("made.jsonl", *PAIR_FILES)
     if make_pairs_now and settings["judge"] == "llm":
         get_endpoint()
+    if make_pairs_now and settings["judge"] == "readability":
+        check_num_ref(settings["num_ref"], f"{folder.path}/ref.npy")
     preferences = read_preferences(folder)
 
     if model in PUBLISHED:

@@ -625,7 +625,7 @@ PAPER = dict(batch_size=128, micro_batch_size=32, lr=1e-5, warmup=5000, steps=40
              eval_every=1000, num_eval_samples=1000, judge="reward", max_kl=10.0, num_rollouts=32)
 MODELS = {"toy": TOY, "toy-naive": TOY | {"judge": "toy-naive"}, "stories260K": PAPER, "stories15M": PAPER,
           "stories42M": PAPER, "stories110M": PAPER}
-JUDGES = ("none", "toy", "toy-naive", "reward", "llm")
+JUDGES = ("none", "toy", "toy-naive", "reward", "readability", "llm")
 AT_LEAST_1 = ("num_rollouts", "rollout_every", "batch_size", "micro_batch_size", "steps", "max_new_tokens",
               "eval_every", "num_eval_samples", "log_every")
 
@@ -654,7 +654,7 @@ def get_args(argv=None):
     g.add_argument("--max_new_tokens", type=int, help="longest sample, in tokens")
     g = p.add_argument_group("evaluation")
     g.add_argument("--judge", choices=JUDGES,
-                   help="of win rates: the toy world's experts, <data>/reward.pt, or an endpoint")
+                   help="of win rates: the toy world's experts, <data>/reward.pt, a readability formula, an endpoint")
     g.add_argument("--eval_every", type=int, help="steps between evaluations, and checkpoints")
     g.add_argument("--num_eval_samples", type=int, help="samples per evaluation")
     g.add_argument("--max_kl", type=float, help="best.pt is of an evaluation whose KL is at most this, in nats")

@@ -15,11 +15,13 @@ import spo
 from extras import toyworld
 from extras.fast_generate import fast_generate
 from extras.llm_judge import get_endpoint, judge_pairs, llm_win_rate
+from extras.readability import Readability
 from extras.reward_model import load_reward_model, reward_at_end
 from model import BOS, UserError, atomic_write, file_hash, generate, load, load_tokenizer, upcast
 
 BATCH = 64                    # samples per forward pass, which needs little memory without gradients
 NUM_REF = 2000                # rows of ref.npy that win rates during training compare with
+MIN_DICTIONARY = 1000         # rows after those, at least, for the readability judge
 FRESH, FRESH_REF, EVAL_REF = 200, 201, 202  # purposes of spo.rng: a finished checkpoint's samples, the reference's
 
 
@@ -37,6 +39,20 @@ def paired_win_rate(r, r_ref):
     """E[sigmoid(r(y) - r(y_ref))] over N pairs of samples for the same prompts -> (mean, standard error)."""
     wins = torch.sigmoid(r - r_ref)                                                 # (N,)
     return wins.mean().item(), wins.std().item() / len(wins) ** 0.5
+
+
+def check_num_ref(num_ref, path):
+    if num_ref < NUM_REF + MIN_DICTIONARY:
+        raise UserError(f"{num_ref} samples in {path} are too few for the readability judge, whose dictionary is all "
+                        f"but the first {NUM_REF}: make another folder with `python prepare_data.py ... --data ... "
+                        "--num_ref 12000`.")
+
+
+def load_readability(path, model_args, tokenizer):
+    """The readability judge by the samples in ref.npy, path, that win rates do not compare with."""
+    ref_samples = spo.load_responses(path, model_args, 1, 1).tokens[:, 0]
+    check_num_ref(len(ref_samples), path)
+    return Readability(tokenizer.decode(ref_samples[NUM_REF:].tolist()))
 
 
 def make_judge(args, tokenizer, y_ref, paired=False):
@@ -60,13 +76,18 @@ def make_judge(args, tokenizer, y_ref, paired=False):
                             "--reward_steps 1000`, or name another --judge.")
         args.hashes["reward.pt"] = file_hash(path)
         model = load_reward_model(path, args.device)
+    if args.judge == "readability":
+        readability = load_readability(f"{args.data}/ref.npy", load(args.init).args, tokenizer)
 
     @torch.no_grad()
     def rewards(y):                                                                 # (N, T) -> (N,)
         if args.judge == "reward":
             return torch.cat([reward_at_end(model, part, spo.response_mask(part)) for part in y.split(BATCH)]).cpu()
+        stories = tokenizer.decode(y.tolist())
+        if args.judge == "readability":  # as in the toy world, two points of score are one nat of preference
+            return torch.tensor([readability.score(story) / 2 for story in stories])
         taste = toyworld.TASTES[args.judge]
-        return torch.tensor([toyworld.reward(story, taste) for story in tokenizer.decode(y.tolist())])
+        return torch.tensor([toyworld.reward(story, taste) for story in stories])
 
     r_ref = rewards(y_ref)
 
@@ -77,6 +98,10 @@ def make_judge(args, tokenizer, y_ref, paired=False):
         if args.judge in toyworld.TASTES:
             in_grammar = [toyworld.in_grammar(story) for story in tokenizer.decode(y.tolist())]
             result["grammar"] = sum(in_grammar) / len(y)
+        if args.judge == "readability":
+            measured = [readability.measure(story) for story in tokenizer.decode(y.tolist())]
+            for name in ("unknown_words", "unseen_trigrams"):
+                result[name] = sum(m[name] for m in measured) / len(y)
         return result
     return judge
 

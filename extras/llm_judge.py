@@ -44,7 +44,8 @@ def get_endpoint():
     model = os.environ.get("JUDGE_MODEL", "").strip()
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch(r"https?://[^\s@?#]+", url) or not url.isascii():
-        raise UserError("OPENAI_BASE_URL must be http://... or https://..., without user:password@ and ?...")
+        raise UserError("OPENAI_BASE_URL must be http://... or https://..., without user:password@ and ?...; "
+                        "--judge readability needs no endpoint.")
     if not model:
         raise UserError("JUDGE_MODEL must be set to the name of the model that judges.")
     if not key.isascii() or not key.isprintable():

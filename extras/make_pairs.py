@@ -5,17 +5,19 @@ Preference pairs by Appendix E.1's protocol: pairs of the model's own samples, j
 import collections
 import json
 import os
+from functools import partial
 
 import numpy as np
 
 from extras import toyworld
+from extras.judge import load_readability
 from extras.llm_judge import consistent_choice, judge_pairs
-from model import BOS, atomic_write
+from model import BOS, atomic_write, load
 
 
-def toy_verdicts(pair, taste):
-    """The toy world's expert as a judge of two stories -> verdict, verdict on the pair swapped."""
-    a, b = (toyworld.score(story, taste) for story in pair)
+def score_verdicts(pair, score):
+    """The function score as a judge of two stories -> verdict, verdict on the pair swapped."""
+    a, b = map(score, pair)
     return (a, b, 1 if a > b else 2), (b, a, 1 if b > a else 2)
 
 
@@ -47,8 +49,13 @@ def make_pairs(folder, tokenizer):
     if judge == "llm":
         verdicts = judge_pairs(texts, f"{folder.path}/verdicts.jsonl")  # where they are kept, and not asked for again
         judge = os.environ["JUDGE_MODEL"].strip()
+    elif judge == "readability":
+        model_args = load(f"{folder.path}/sft.pt").args
+        readability = load_readability(f"{folder.path}/ref.npy", model_args, tokenizer)
+        verdicts = [score_verdicts(pair, readability.score) for pair in texts]
     else:
-        verdicts = [toy_verdicts(pair, toyworld.TASTES[judge]) for pair in texts]
+        taste = toyworld.TASTES[judge]
+        verdicts = [score_verdicts(pair, partial(toyworld.score, taste=taste)) for pair in texts]
     rows, records, counts = [], [], collections.Counter()
     for i, (verdict, swapped) in enumerate(verdicts):
         better = apply_filter(verdict, swapped)

@@ -355,4 +355,4 @@ def test_made_pairs_are_the_models_own_tokens(published, monkeypatch, capsys):
 def test_the_toy_worlds_expert_as_a_judge():
     stories = sorted(write_stories(50), key=toyworld.score)
     low, high = toyworld.score(stories[0]), toyworld.score(stories[-1])
-    assert make_pairs.toy_verdicts((stories[-1], stories[0]), "limited") == ((high, low, 1), (low, high, 2))
+    assert make_pairs.score_verdicts((stories[-1], stories[0]), toyworld.score) == ((high, low, 1), (low, high, 2))
