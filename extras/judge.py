@@ -25,19 +25,29 @@ MIN_DICTIONARY = 1000         # rows after those, at least, for the readability 
 FRESH, FRESH_REF, EVAL_REF = 200, 201, 202  # purposes of spo.rng: a finished checkpoint's samples, the reference's
 
 
-def win_rate(r, r_ref):
+def bradley_terry(r, r_ref):
+    """The probability, by Eq. 2, that the response with reward r is preferred."""
+    return torch.sigmoid(r - r_ref)
+
+
+def higher(r, r_ref):
+    """Whether r is higher: 1, 0, or 1/2 for equal ones."""
+    return (r > r_ref) + 0.5 * (r == r_ref)
+
+
+def win_rate(r, r_ref, prefer=bradley_terry):
     """
-    E[sigmoid(r(y) - r(y_ref))] over all pairs of rewards r (N,) and r_ref (M,): the probability, without label noise,
-    that the judge prefers the policy's sample (Eq. 2) -> (mean, its standard error from both samples).
+    The mean of prefer over all pairs of rewards r (N,) of the policy's samples and r_ref (M,) of the reference's ->
+    (mean, its standard error from both samples).
     """
-    wins = torch.sigmoid(r[:, None] - r_ref)                                        # (N, M)
+    wins = prefer(r[:, None], r_ref)                                                # (N, M)
     variance = wins.mean(1).var() / len(r) + wins.mean(0).var() / len(r_ref)
     return wins.mean().item(), variance.sqrt().item()
 
 
-def paired_win_rate(r, r_ref):
-    """E[sigmoid(r(y) - r(y_ref))] over N pairs of samples for the same prompts -> (mean, standard error)."""
-    wins = torch.sigmoid(r - r_ref)                                                 # (N,)
+def paired_win_rate(r, r_ref, prefer=bradley_terry):
+    """The mean of prefer over N pairs of samples for the same prompts -> (mean, standard error)."""
+    wins = prefer(r, r_ref)                                                         # (N,)
     return wins.mean().item(), wins.std().item() / len(wins) ** 0.5
 
 
@@ -84,16 +94,17 @@ def make_judge(args, tokenizer, y_ref, paired=False):
         if args.judge == "reward":
             return torch.cat([reward_at_end(model, part, spo.response_mask(part)) for part in y.split(BATCH)]).cpu()
         stories = tokenizer.decode(y.tolist())
-        if args.judge == "readability":  # as in the toy world, two points of score are one nat of preference
-            return torch.tensor([readability.score(story) / 2 for story in stories])
+        if args.judge == "readability":
+            return torch.tensor([readability.score(story) for story in stories])
         taste = toyworld.TASTES[args.judge]
         return torch.tensor([toyworld.reward(story, taste) for story in stories])
 
     r_ref = rewards(y_ref)
+    prefer = higher if args.judge == "readability" else bradley_terry  # a formula's preference has no noise
 
     def judge(y):
         r = rewards(y)
-        mean, standard_error = paired_win_rate(r, r_ref) if paired else win_rate(r, r_ref)
+        mean, standard_error = (paired_win_rate if paired else win_rate)(r, r_ref, prefer)
         result = dict(judge=args.judge, win_rate=mean, win_rate_se=standard_error, reward=r.mean().item())
         if args.judge in toyworld.TASTES:
             in_grammar = [toyworld.in_grammar(story) for story in tokenizer.decode(y.tolist())]

@@ -61,8 +61,9 @@ def cut(text, rng):
 
 
 def win_rate(readability, texts, ref_texts):
-    r, r_ref = (torch.tensor([readability.score(text) / 2 for text in part]) for part in (texts, ref_texts))
-    return judge.win_rate(r, r_ref)[0]
+    """The share of pairs in which the text has the higher score, ties as halves."""
+    scores = [[readability.score(text) for text in part] for part in (texts, ref_texts)]
+    return np.mean([(a > b) + (a == b) / 2 for a in scores[0] for b in scores[1]])
 
 
 def test_the_grade_of_texts_counted_by_hand():
@@ -128,6 +129,13 @@ def test_broken_stories_lose_and_harder_ones_win():
         assert win_rate(known, [damage(text, rng) for text in texts[-60:]], ref_texts) < 0.3, damage
 
 
+def to_tokens(tokenizer, stories, n=1):
+    """The stories as rows of n -> (N, n, 101)."""
+    tokens = [story[:99] for story in tokenizer.encode(stories)]
+    lengths = np.array([len(story) for story in tokens]).reshape(-1, n)
+    return torch.from_numpy(prepare_data.pad(np.concatenate(tokens), lengths, 101).astype(int))
+
+
 @pytest.fixture
 def few(monkeypatch):
     monkeypatch.setattr(judge, "NUM_REF", 20)
@@ -137,8 +145,7 @@ def few(monkeypatch):
 def test_an_evaluation_compares_with_samples_that_are_not_in_the_dictionary(world, tmp_path, few):
     tokenizer = load_tokenizer(TOKENIZER, 640)
     ref_texts, texts = write_stories(50, seed=0), write_stories(30, seed=1)
-    y_ref, y = (torch.from_numpy(prepare_data.pad([[x] for x in tokenizer.encode(part)], 101)[:, 0].astype(int))
-                for part in (ref_texts, texts))
+    y_ref, y = (to_tokens(tokenizer, part)[:, 0] for part in (ref_texts, texts))
     np.save(tmp_path / "ref.npy", y_ref[:, None].numpy().astype(np.uint16))
     flags = ["--data", str(tmp_path), "--init", f"{world}/sft.pt", "--judge", "readability"]
     result = judge.make_judge(spo.get_args(flags), tokenizer, y_ref[:20])(y)
@@ -147,7 +154,7 @@ def test_an_evaluation_compares_with_samples_that_are_not_in_the_dictionary(worl
         assert result[name] == pytest.approx(np.mean([known.measure(text)[name] for text in texts]))
         assert result[name] > np.mean([other.measure(text)[name] for text in texts])
     assert result["win_rate"] == pytest.approx(win_rate(known, texts, ref_texts[:20]), abs=1e-6)
-    assert result["reward"] == pytest.approx(np.mean([known.score(text) for text in texts]) / 2, abs=1e-6)
+    assert result["reward"] == pytest.approx(np.mean([known.score(text) for text in texts]), abs=1e-6)
     assert result["judge"] == "readability"
     np.save(tmp_path / "ref.npy", y_ref[:49, None].numpy().astype(np.uint16))
     with pytest.raises(UserError, match="49 samples in .*ref.npy are too few .* --num_ref 12000"):
@@ -159,14 +166,13 @@ def test_made_pairs_prefer_the_story_that_is_not_shuffled(published, few, monkey
     data, run = published
     tokenizer, asked = load_tokenizer(TOKENIZER, 640), {}
 
-    def sample_rows(folder, rows, n, purpose):
-        asked[purpose] = rows
-        rows = min(rows, 500)  # of those of ref.npy, to save time
+    def sample_rows(folder, prompts, n, purpose):
+        asked[purpose] = len(prompts)
+        rows = min(len(prompts), 500)  # of those of ref.npy, to save time
         stories = write_stories(rows * n, seed=purpose)
         if purpose == prepare_data.MADE:
             stories[1::2] = [shuffle_text(story, random.Random(0)) for story in stories[1::2]]
-        tokens = [story[:99] for story in tokenizer.encode(stories)]
-        return torch.from_numpy(prepare_data.pad([tokens[i * n:i * n + n] for i in range(rows)], 101).astype(int))
+        return to_tokens(tokenizer, stories, n)
 
     monkeypatch.setattr(prepare_data, "sample_rows", sample_rows)
     flags = ["--source", "made", "--judge", "readability", "--num_pairs", "100", "--reward_steps", "0"]
