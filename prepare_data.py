@@ -217,7 +217,8 @@ def get_args(argv=None):
     """The command line; a flag that is not given is None."""
     p = Parser(description="Create a data folder for spo.py. Settings you do not give keep their earlier values, and "
                "an interrupted run continues when it is started again.")
-    p.add_argument("model", choices=(*toyworld.TASTES, *PUBLISHED, "tokenizer"))
+    models = (*toyworld.TASTES, *PUBLISHED, "tokenizer")
+    p.add_argument("model", choices=models, metavar="model", help=", ".join(models))
     p.add_argument("--data", help="the folder (default: data/<model>)")
     p.add_argument("--tokenizer", help="the toy world's (default: tokenizer.model)")
     p.add_argument("--source", help="of preferences: made, released, or a .json or .jsonl file or a folder of them "

@@ -602,7 +602,8 @@ def get_args(argv=None):
     """The command line, checked; its defaults depend on --algo and --model."""
     first = Parser(add_help=False)
     first.add_argument("--algo", choices=ALGOS, default="spo", help="the preference loss")
-    first.add_argument("--model", choices=MODELS, default="toy", help="whose defaults, and which folder under data/")
+    first.add_argument("--model", choices=MODELS, default="toy", metavar="MODEL",
+                       help=f"whose defaults, and which folder under data/: {', '.join(MODELS)}")
     chosen, _ = first.parse_known_args(argv)
     algo, model = chosen.algo, chosen.model
     p = Parser(
@@ -678,6 +679,8 @@ def stop_on_signal():
 
 def main(argv=None):
     args = get_args(argv)
+    if args.init == f"{args.data}/sft.pt":
+        require_file(args, "sft.pt", "it is the reference model")
     evaluate = None
     sampler = generate
     if args.judge != "none":

@@ -182,9 +182,8 @@ def reward(story: str, taste: str = "limited") -> float:
 
 
 if __name__ == "__main__":
-    from model import wrap  # here, because the toy world needs nothing but the standard library
     rng = random.Random(0)
     for _ in range(3):
         story = write_story(rng)
-        print(wrap(f"score {score(story):4.1f}   {story}", " " * 13) + "\n")
+        print(f"score {score(story):4.1f}   {story}\n")
     print(f"entropy: {entropy():.2f} nats per story")
