@@ -466,6 +466,9 @@ def run_main(main):
     except (UserError, OSError) as error:
         print(f"error: {name_variables(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full: use a smaller --micro_batch_size.", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

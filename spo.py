@@ -691,10 +691,7 @@ def main(argv=None):
     settings = [f"{name}={x}" for name, x in vars(args).items() if name != "hashes"]
     print(wrap(" ".join(settings)))
     stop = stop_on_signal()
-    try:
-        train(args, evaluate, sampler, stop)
-    except torch.OutOfMemoryError:
-        raise UserError("the GPU's memory is full: use a smaller --micro_batch_size.") from None
+    train(args, evaluate, sampler, stop)
     if os.path.exists(f"{args.out}/best.pt"):
         print(f"to read samples: make sample MODEL={args.model} N=3 \\\n  CHECKPOINT={args.out}/best.pt")
     if stop.is_set():

@@ -245,13 +245,13 @@ TEST_STORIES = (
 
 def ask_test_question(num_calls):
     """Asks the endpoint one question before num_calls, and says what is to come. Raises UserError if it fails."""
-    endpoint = get_endpoint()
+    endpoint, workers = get_endpoint(), read_setting("JUDGE_WORKERS")
     verdict, reply = llm_verdict(*TEST_STORIES)
     if verdict is None:
         raise UserError(f"{endpoint.url} does not answer a test question with a verdict ({reply.trouble}), but "
                         f"'{quote(reply.text)}': set another JUDGE_MODEL or more JUDGE_MAX_TOKENS.")
-    tokens = f" of about {reply.tokens} tokens, as a test question took" if reply.tokens else ""
-    print(wrap(f"{endpoint.model} answers: up to {num_calls} calls are to come{tokens}"), flush=True)
+    tokens = f", each of about {reply.tokens} tokens as a test question" if reply.tokens else ""
+    print(wrap(f"{endpoint.model} answers: up to {num_calls} calls are to come, {workers} at a time{tokens}"), flush=True)
 
 
 def quote(text):

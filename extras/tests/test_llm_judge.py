@@ -199,11 +199,11 @@ def test_an_invalid_reply_has_a_reason_and_is_not_asked_for_again(endpoint, choi
 def test_the_test_question(endpoint, capsys):
     endpoint.replies = [lambda prompt: by_scores(prompt.replace("Once", "9").replace("Tom had", "2 Tom had"))]
     llm_judge.ask_test_question(8000)
-    assert "judge-1 answers: up to 8000 calls are to come\n" == capsys.readouterr().out
+    assert "judge-1 answers: up to 8000 calls are to come, 4 at a time\n" == capsys.readouterr().out
     verdict = by_scores(endpoint.prompts[0].replace("Once", "9").replace("Tom had", "2 Tom had"))
     endpoint.replies = [dict(body=json.dumps(json.loads(completion(verdict)) | {"usage": {"total_tokens": 600}}))]
     llm_judge.ask_test_question(8000)
-    assert "8000 calls are to come of about 600 tokens" in " ".join(capsys.readouterr().out.split())
+    assert "8000 calls are to come, 4 at a time, each of about 600 tokens" in " ".join(capsys.readouterr().out.split())
     endpoint.replies = [lambda prompt: f"I cannot say, {KEY}."]
     with pytest.raises(UserError, match=r"completions does not .* \(no verdict\), but 'I cannot say, \[removed\]."):
         llm_judge.ask_test_question(1)
