@@ -262,7 +262,8 @@ def load(path, device="cpu"):
 def load_checkpoint(path, device="cpu"):
     """The dict in a .pt file, with `model` and `model_args`. Tensors and plain data only, never code."""
     if not os.path.isfile(path):
-        raise UserError(f"{path} is not a file: create it with `make data MODEL=...` or `make train`, or name another file.")
+        raise UserError(f"{path} is not a file: create it with `make data MODEL=...` or `make train`, "
+                        "or name another file.")
     try:
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
