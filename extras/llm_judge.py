@@ -251,7 +251,8 @@ def ask_test_question(num_calls):
         raise UserError(f"{endpoint.url} does not answer a test question with a verdict ({reply.trouble}), but "
                         f"'{quote(reply.text)}': set another JUDGE_MODEL or more JUDGE_MAX_TOKENS.")
     tokens = f", each of about {reply.tokens} tokens as a test question" if reply.tokens else ""
-    print(wrap(f"{endpoint.model} answers: up to {num_calls} calls are to come, {workers} at a time{tokens}"), flush=True)
+    text = f"{endpoint.model} answers: up to {num_calls} calls are to come, {workers} at a time{tokens}"
+    print(wrap(text), flush=True)
 
 
 def quote(text):

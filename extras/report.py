@@ -36,7 +36,7 @@ ABLATIONS = ["", "--beta 0", "--beta 0.01", "--beta 0.2", "--beta 1", "--beta 0.
              "--gamma 0.03", "--gamma 0.1", "--gamma 0.3", "--gamma 1", "--rollout_every 1", "--rollout_every 32",
              "--num_rollouts 32", "--num_rollouts 128"]
 COLUMNS = {"step": 0, "win_rate": 3, "kl": 1, "entropy": 1, "length": 1}  # field of an evaluation -> digits
-LINES = (("black", "-", "o"), ("C0", "--", "s"), ("C1", "-.", "^"), ("C4", ":", "D"), ("C2", (0, (6, 1, 1, 1, 1, 1)), "v"))
+LINES = (("black", "-", "o"), ("C0", "--", "s"), ("C1", "-.", "^"), ("C4", ":", "D"))  # color, style, marker
 # For `make compare`, past their peaks: the README's first command, and the settings of SPO and DPO that fall least
 COMPARE = ("--algo spo --alpha 0.01", "--algo spo --alpha 0.3 --lr 4e-4", "--algo dpo --beta 0.3 --lr 4e-4")
 COMPARE_STEPS = 1000

@@ -245,7 +245,8 @@ def test_the_program_prints_samples_or_one_sentence(tmp_path, monkeypatch, capsy
     prompt = torch.tensor([[BOS, *tokenizer.encode("Tom")]] * 3)
     y = generate(tiny(640), prompt, 20, 0.8, 50, torch.Generator().manual_seed(1))
     flags = "a.pt --prompt Tom -n 3 --max_new_tokens 20 --temperature 0.8 --top_k 50 --seed "
-    assert program(flags + "1") == (0, "\n\n".join(map(wrap, tokenizer.decode(y.tolist()))) + "\n", "") == program(flags + "1")
+    texts = map(wrap, tokenizer.decode(y.tolist()))
+    assert program(flags + "1") == (0, "\n\n".join(texts) + "\n", "") == program(flags + "1")
     assert program(flags + "1")[1].startswith("Tom") and program(flags + "1") != program(flags + "2")
     for flags, words in (("a.pt --prompt " + 65 * "Tom", "tokens"), ("a.pt --max_new_tokens 65", "from 1 to 64"),
                          ("a.pt --max_new_tokens 0", "1 to 64"), ("a.pt -n 0", "-n"), ("a.pt --top_k 0", "top_k"),

@@ -151,7 +151,8 @@ def test_the_filter_of_e1(verdict, swapped, outcome):
 def test_made_pairs_are_the_models_own_tokens(published, monkeypatch, capsys):
     """The judge fails once, half-way; after that nothing is sampled again, and what is kept is what it liked."""
     data, run = published
-    asked_before, asked, answers = [], [], [((8, 4, 1), (4, 8, 2)), ((4, 8, 2), (8, 4, 1)), ((8, 4, 1), (8, 4, 1)), (None, (8, 4, 1))]
+    asked_before, asked = [], []
+    answers = [((8, 4, 1), (4, 8, 2)), ((4, 8, 2), (8, 4, 1)), ((8, 4, 1), (8, 4, 1)), (None, (8, 4, 1))]
 
     def judge_pairs(pairs, path):
         asked.append(pairs)
