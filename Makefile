@@ -50,7 +50,8 @@ export MALLOC_TRIM_THRESHOLD_ = 2147483647
 
 # The first target, so that `make` alone shows what there is
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16 | \
+	  fold -s -w $${COLUMNS:-80}
 
 # The main job. It creates its data on first use, so that one command is enough
 train: data  ## align the model: ALGO=spo ALPHA=0.01 (BETA GAMMA DELTA MODEL OUT SEED STEPS RESUME ARGS)

@@ -14,8 +14,12 @@ import contextlib
 import hashlib
 import math
 import os
+import re
+import shutil
 import struct
 import sys
+import textwrap
+import time
 import warnings
 from dataclasses import asdict, dataclass, fields
 
@@ -264,7 +268,8 @@ def load(path, device="cpu"):
 def load_checkpoint(path, device="cpu"):
     """The dict in a .pt file, with `model` and `model_args`. Tensors and plain data only, never code."""
     if not os.path.isfile(path):
-        raise UserError(f"{path} is not a file: create it with `make data` or `make train`, or name another file.")
+        raise UserError(f"{path} is not a file: create it with `make data MODEL=...` or `make train`, "
+                        "or name another file.")
     try:
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -405,10 +410,78 @@ def load_tokenizer(path, vocab_size):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Command line
+# Command line. What the programs have in common comes first
+
+def screen_width():
+    """The terminal's columns, at most 80; 80 without a terminal."""
+    return min(80, shutil.get_terminal_size().columns)
+
+
+def wrap(text, indent=""):
+    """text in lines that fit the screen, broken between words; indent begins all but the first."""
+    return textwrap.fill(text, screen_width(), subsequent_indent=indent, break_long_words=False,
+                         break_on_hyphens=False)
+
+
+def format_time(seconds):
+    """h:mm:ss, with as many hours as there are."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+class Progress:
+    """Prints a line such as "sampled 1024 of 8000, 0:01:10 left" every 10 s; nothing where all takes less."""
+
+    def __init__(self, verb, total):
+        self.verb, self.total, self.done = verb, total, 0
+        self.start = self.shown = time.monotonic()
+
+    def add(self, n):
+        self.done += n
+        now = time.monotonic()
+        if now - self.shown >= 10 and self.done < self.total:
+            self.shown = now
+            seconds_left = (now - self.start) / self.done * (self.total - self.done)
+            print(f"{self.verb} {self.done} of {self.total}, {format_time(seconds_left)} left", flush=True)
+
+
+MAKE_FLAGS = "algo|alpha|beta|gamma|delta|model|source|data|out|seed|steps|resume|prompt|n|temperature"
+
+
+def name_variables(message):
+    """The message with make's variable after each flag that has one: --steps becomes --steps (make: STEPS=)."""
+    def name_variable(flag):
+        return f"{flag[0]} (make: {flag[1].upper()}=)"
+    return re.sub(rf"(?<![\w-])--?({MAKE_FLAGS})\b(?! \()", name_variable, message)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of exact flags, whose errors name make's variables too."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message):
+        super().error(name_variables(message))
+
+
+def run_main(main):
+    """main() as a program: the user's mistakes end it as `error: ...` with status 2, Ctrl-C with status 130."""
+    sys.stdout.reconfigure(errors="replace")  # samples may hold characters that the terminal cannot show
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"error: {name_variables(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full: use a smaller --micro_batch_size.", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Print samples of a checkpoint.", allow_abbrev=False)
+    p = Parser(description="Print samples of a checkpoint.")
     p.add_argument("checkpoint", help="a .pt or .bin file")
     p.add_argument("--tokenizer", default="tokenizer.model", help="the checkpoint's own sentencepiece model")
     p.add_argument("--prompt", default="", help="the text to continue")
@@ -432,13 +505,9 @@ def main(argv=None):
                 f"reads: --max_new_tokens must be from 1 to {space}, or the prompt shorter")
     generator = torch.Generator().manual_seed(args.seed)
     tokens = generate(model, prompt.repeat(args.n, 1), length, args.temperature, args.top_k, generator)
-    print("\n\n".join(tokenizer.decode(tokens.tolist())))
+    texts = tokenizer.decode(tokens.tolist())
+    print("\n\n".join("\n".join(map(wrap, text.split("\n"))) for text in texts))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # samples may hold characters that the terminal cannot show
-    try:
-        main()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

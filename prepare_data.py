@@ -9,7 +9,6 @@ Creates a data folder, data/<model>, for spo.py:
 Settings you do not give keep their earlier values, which are in the folder's settings.json. A run that was interrupted
 continues when it is started again. Files that this program has not written are never replaced.
 """
-import argparse
 import array
 import collections
 import hashlib
@@ -17,8 +16,6 @@ import io
 import math
 import os
 import random
-import sys
-import textwrap
 
 import numpy as np
 import torch
@@ -27,11 +24,12 @@ from extras import toyworld
 from extras.data_folder import open_folder
 from extras.download import download_verified, full_url
 from extras.judge import check_num_ref
-from extras.llm_judge import get_endpoint
+from extras.llm_judge import ask_test_question
 from extras.make_pairs import make_pairs
 from extras.preferences import encode_rows, read_preferences
 from extras.reward_model import fit_reward_model
-from model import BOS, ModelArgs, Transformer, UserError, atomic_write, file_hash, load, load_tokenizer, save
+from model import (BOS, ModelArgs, Parser, Transformer, UserError, atomic_write, file_hash, load, load_tokenizer,
+                   run_main, save, wrap)
 from spo import (BATCH, MODELS, PROMPT_LENGTH, Responses, batch_indices, dataset_logp, micro_batches, no_prompts, rng,
                  sample, seq_logp)
 
@@ -99,7 +97,7 @@ def pretrain(stories, heldout, steps, seed):
         if (step + 1) % 100 == 0:
             print(f"step {step + 1} of {steps}, loss {total:.2f}", flush=True)
     logp = dataset_logp(model, heldout, torch.arange(len(heldout)).split(batch_size), micro_batch_size)
-    print(f"held out: {-logp.mean():.2f} nats per story; the grammar's entropy is {toyworld.entropy():.2f}", flush=True)
+    print(f"held out: {-logp.mean():.2f} nats per story; the grammar's: {toyworld.entropy():.2f}", flush=True)
     return model
 
 
@@ -271,7 +269,7 @@ def save_preferences(folder, name, rows, unk_id):
     reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "none"
     verb = "over" if drop_long else "cut at"
     print(f"{name}: {counts['rows']} rows, {counts['long']} responses {verb} {limit} tokens")
-    print(textwrap.fill(f"  left out: {reasons}", 80, subsequent_indent="    "))
+    print(wrap(f"  left out: {reasons}", indent="    "))
     unknown = counts["unknown"] / max(1, counts["tokens"])
     print(f"  unknown characters: {unknown:.2%} of the tokens", flush=True)
     if unknown > 0.01:
@@ -310,9 +308,10 @@ LOWEST = dict(seed=0, num_stories=32, sft_steps=1, num_pairs=2, num_ref=2, max_n
 
 def get_args(argv=None):
     """The command line; a flag that is not given is None."""
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", choices=(*toyworld.TASTES, *PUBLISHED, "tokenizer"))
+    p = Parser(description="Create a data folder for spo.py. Settings you do not give keep their earlier values, and "
+               "an interrupted run continues when it is started again.")
+    models = (*toyworld.TASTES, *PUBLISHED, "tokenizer")
+    p.add_argument("model", choices=models, metavar="model", help=", ".join(models))
     p.add_argument("--data", help="the folder (default: data/<model>)")
     p.add_argument("--tokenizer", help="the toy world's (default: tokenizer.model)")
     p.add_argument("--source", help="of preferences: made, released, or a file or folder of them (docs/data.md) "
@@ -389,7 +388,7 @@ def prepare(folder, tokenizer_path):
     folder.check_files(names + (SOURCE_FILES if source else ()), published)
     make_pairs_now = source == "made" and not folder.has("made.jsonl", *PAIR_FILES)
     if make_pairs_now and settings["judge"] == "llm":
-        get_endpoint()
+        ask_test_question(2 * settings["num_pairs"])
     if make_pairs_now and settings["judge"] == "readability":
         check_num_ref(settings["num_ref"], f"{folder.path}/ref.npy")
     preferences = read_preferences(folder)
@@ -402,6 +401,9 @@ def prepare(folder, tokenizer_path):
     for name, rows in preferences.items():
         save_preferences(folder, name, encode_rows(tokenizer, rows), tokenizer.unk_id())
     if model in toyworld.TASTES:
+        if preferences:
+            print(wrap("evaluations are still judged by the toy world's expert; a reward model of your preferences "
+                       "judges with --reward_steps 1000 here and --judge reward in training"))
         prepare_toy(folder, tokenizer)
     if source is not None and not folder.has("ref.npy"):
         prompts = no_prompts(settings["num_ref"])
@@ -433,10 +435,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)

@@ -8,13 +8,11 @@ but torch; copy the one you want.
     python spo.py --algo spo --alpha 0.01
 """
 import argparse
-import datetime
 import hashlib
 import json
 import math
 import os
 import sys
-import textwrap
 import threading
 import time
 
@@ -22,7 +20,8 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from model import BOS, UserError, atomic_write, file_hash, generate, load, load_checkpoint, save, upcast
+from model import (BOS, Parser, Progress, UserError, atomic_write, file_hash, format_time, generate, load,
+                   load_checkpoint, run_main, save, screen_width, upcast, wrap)
 
 # ---------------------------------------------------------------------------------------------------
 # log pi(y): a sum over the tokens of a response y, the BOS that ends it included, so that pi is a distribution over
@@ -197,7 +196,10 @@ def sample(model, prompts, max_new_tokens, generator, generate=generate):
     """
     prompts = prompts.to(next(model.parameters()).device)
     num_tokens = 1 + max_new_tokens - prompts.shape[1]
-    samples = [generate(model, part, num_tokens, generator=generator) for part in prompts.split(256)]
+    progress, samples = Progress("sampled", len(prompts)), []
+    for part in prompts.split(256):
+        samples.append(generate(model, part, num_tokens, generator=generator))
+        progress.add(len(part))
     return trim_padding(torch.cat(samples))
 
 
@@ -312,9 +314,11 @@ def dataset_logp(model, data, batches, micro_batch_size):
     """log pi of the rows in some batches -> (N, n), 0 elsewhere."""
     device = next(model.parameters()).device
     logp = torch.zeros(data.tokens.shape[:2], device=device)
+    progress = Progress("log pi of row", sum(map(len, batches)))
     for batch in batches:
         for rows, y, mask in micro_batches(data, batch, micro_batch_size, device):
             logp[rows] = seq_logp(model, y, mask).view(len(rows), -1)               # (b, n)
+        progress.add(len(batch))
     return logp
 
 
@@ -372,6 +376,9 @@ def train(args, evaluate=None, generate=generate, stop=None):
     state = dict(step=0, rollouts=None, history=[], best_win_rate=-1.0, skipped=0)
     if args.resume:
         state = load_run(args, policy, optimizer)
+        if state["step"] == args.steps and (state["evaluated"] or evaluate is None):
+            print(wrap(f"{args.out} is finished at step {args.steps}: more --steps (make: STEPS=) train it longer"))
+            return policy
     start_step, rollouts, history = state["step"], state["rollouts"], state["history"]
     best_win_rate, skipped, in_a_row, rollout_batches = state["best_win_rate"], state["skipped"], 0, []
     use_kl = args.algo in ("spo", "best_of_n", "ranked") and args.beta > 0
@@ -382,7 +389,7 @@ def train(args, evaluate=None, generate=generate, stop=None):
     with autocast(args):
         ref_logp = dataset_logp(ref, data, batches, args.micro_batch_size)          # (N, n), 0 if not read
 
-    print("".join(name.rjust(width) for name, width in COLUMNS.items()))
+    print(table_row(dict(zip(COLUMNS, COLUMNS))))
     for step in range(start_step, args.steps + 1):
         # 0. save, then evaluate: a run that is killed in between evaluates again when it is resumed
         stopped = stop is not None and stop.is_set() and start_step < step < args.steps
@@ -396,7 +403,7 @@ def train(args, evaluate=None, generate=generate, stop=None):
                     save(policy, f"{args.out}/best.pt")
                 log(args, step=step, **results)
         if stopped:
-            print(f"stopped at step {step}, saved in {args.out}: continue with --resume (make: RESUME=1)")
+            print(wrap(f"stopped at step {step}, saved in {args.out}: continue with --resume (make: RESUME=1)"))
         if stopped or step == args.steps:
             break
         step_time, lr = time.perf_counter(), get_lr(step, args)
@@ -463,6 +470,24 @@ def train(args, evaluate=None, generate=generate, stop=None):
 # ---------------------------------------------------------------------------------------------------
 # A run's folder: settings.json, log.jsonl, best.pt, and ckpt.pt, which --resume continues from
 
+ROWS = {"pairs.npy": "pairs of responses, the better one first",
+        "best.npy": 'rows of n responses with the index of the best, {"responses": [...], "best": 1}',
+        "ranked.npy": 'rows of n responses, best first, {"responses": [...]}'}
+
+
+def require_file(args, name, use):
+    """Raises UserError, which says what creates it, where args.data has no file of this name. use: what it is for."""
+    if os.path.exists(f"{args.data}/{name}"):
+        return
+    command = f"make data MODEL={args.model}"
+    without_rows = name in ("best.npy", "ranked.npy") and os.path.exists(f"{args.data}/pairs.npy")
+    if without_rows or "toy" not in args.model:
+        command += " SOURCE=preferences.jsonl"
+    if without_rows:
+        command += " DATA=data/other"  # a folder keeps its source
+    elif args.data != f"data/{args.model}":
+        command += f" DATA={args.data}"
+    raise UserError(f"{args.data}/{name} does not exist, and {use}: create it with `{command}`, see docs/data.md.")
 def hash_files(args, *names):
     """Records which of these files of args.data the run reads, to be compared when it is resumed."""
     for name in names:
@@ -473,6 +498,7 @@ def hash_files(args, *names):
 def load_data(args, model_args):
     """The preference data, and for SLiC-HF samples of the reference, as Responses."""
     name = {"best_of_n": "best.npy", "ranked": "ranked.npy"}.get(args.algo, "pairs.npy")
+    require_file(args, name, f"--algo {args.algo} reads {ROWS[name]}")
     data = load_responses(f"{args.data}/{name}", model_args, args.batch_size, 2 if name == "pairs.npy" else None)
     args.hashes["init"] = file_hash(args.init)
     hash_files(args, name, name.replace(".npy", PROMPT_LENGTH))
@@ -542,7 +568,9 @@ def load_run(args, policy, optimizer):
         optimizer.load_state_dict(checkpoint["optimizer"])
         assert all(row.shape == (len(METRICS),) for row in checkpoint["history"]), "history"
         assert checkpoint["rollouts"] is None or checkpoint["rollouts"][0].max() < policy.args.vocab_size, "rollouts"
-        for record in cut_log(args, checkpoint["step"]):
+        records = cut_log(args, checkpoint["step"])
+        checkpoint["evaluated"] = any(r["step"] == checkpoint["step"] and "loss" not in r for r in records)
+        for record in records:
             if is_best(args, record, checkpoint["best_win_rate"]):
                 checkpoint["best_win_rate"] = record["win_rate"]
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as e:
@@ -557,7 +585,7 @@ def cut_log(args, step):
     with open(f"{args.out}/log.jsonl", "a+") as f:  # which creates it for a run killed before its first record
         f.seek(0)
         records = [json.loads(line) for line in f if line.endswith("\n")]  # a killed run can leave half a line
-    repeated = step % args.eval_every == 0 or step == args.steps
+    repeated = step % args.eval_every == 0 and step != args.steps
     before = [r for r in records if r["step"] < step]
     at_step = [r for r in records if r["step"] == step and ("loss" in r or not repeated)]
     kept = before + at_step
@@ -566,8 +594,18 @@ def cut_log(args, step):
     return kept
 
 
-COLUMNS = {"step": 6, "loss": 9, "reg": 8, "margin": 9, "accuracy": 10, "chosen": 9, "rejected": 10, "grad_norm": 11,
-           "eta": 8}  # what a training record shows on the screen, and how wide
+COLUMNS = {"step": 6, "loss": 9, "reg": 8, "margin": 9, "accuracy": 9, "chosen": 9, "rejected": 10, "grad_norm": 10,
+           "eta": 10}  # what a training record shows on the screen, and how wide
+LEAST_IMPORTANT = ("chosen", "rejected", "grad_norm", "accuracy", "reg")  # left out, in this order, on narrow screens
+
+
+def table_row(cells):
+    """The cells of COLUMNS that fit the screen as a row; cells: column -> text."""
+    widths = dict(COLUMNS)
+    for name in LEAST_IMPORTANT:
+        if sum(widths.values()) > screen_width():
+            del widths[name]
+    return "".join(cells[name].rjust(width) for name, width in widths.items())
 
 
 def log(args, **record):
@@ -582,11 +620,9 @@ def log(args, **record):
         os.fsync(f.fileno())
     cells = {name: f"{x:.3f}" if isinstance(x, float) else str(x) for name, x in record.items()}
     if "loss" in record:
-        row = [cells[name].rjust(width) for name, width in COLUMNS.items()]
-        print("".join(row), flush=True)
+        print(table_row(cells), flush=True)
     else:
-        text = "  ".join(f"{name} {x}" for name, x in cells.items())
-        print(textwrap.fill(text, 80), flush=True)
+        print(wrap("  ".join(f"{name} {x}" for name, x in cells.items())), flush=True)
         if record.get("kl", 0.0) > args.max_kl:
             print(f"warning: kl is above --max_kl {args.max_kl:g}: best.pt stays as it is", flush=True)
 
@@ -598,8 +634,7 @@ def log_training(args, step, history, lr, skipped):
     record |= dict(lr=lr, skipped=skipped, ms=1e3 * seconds, tokens_per_s=record["tokens"] / seconds)
     if args.device == "cuda":
         record["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
-    seconds_left = int(seconds * (args.steps - step))
-    log(args, step=step, **record, eta=str(datetime.timedelta(seconds=seconds_left)))
+    log(args, step=step, **record, eta=format_time(seconds * (args.steps - step)))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -632,13 +667,14 @@ AT_LEAST_1 = ("num_rollouts", "rollout_every", "batch_size", "micro_batch_size",
 
 def get_args(argv=None):
     """The command line, checked; its defaults depend on --algo and --model."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False)
     first.add_argument("--algo", choices=ALGOS, default="spo", help="the preference loss")
-    first.add_argument("--model", choices=MODELS, default="toy", help="whose defaults, and which folder under data/")
+    first.add_argument("--model", choices=MODELS, default="toy", metavar="MODEL",
+                       help=f"whose defaults, and which folder under data/: {', '.join(MODELS)}")
     chosen, _ = first.parse_known_args(argv)
     algo, model = chosen.algo, chosen.model
-    p = argparse.ArgumentParser(
-        parents=[first], allow_abbrev=False, usage="spo.py [flags]",
+    p = Parser(
+        parents=[first], usage="spo.py [flags]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Align a model by SPO (arXiv 2405.00747), or by a method it is compared with. The flags and "
         "defaults shown are those of the given --algo and --model.")
@@ -665,7 +701,7 @@ def get_args(argv=None):
     g.add_argument("--init", default="<data>/sft.pt", help="the model to start from, and the reference")
     g.add_argument("--tokenizer", default="tokenizer.model" if "toy" in model else "<data>/tokenizer.model",
                    help="the model's own sentencepiece model, with which the judge reads samples")
-    g.add_argument("--out", default="out/<model>-<algo>-<settings>-seed<seed>", help="the run's folder")
+    g.add_argument("--out", default="out/<data>-<algo>-<settings>-seed<seed>", help="the run's folder")
     g.add_argument("--seed", type=int, default=0, help="of batches, rollouts and evaluations")
     g.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
     g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
@@ -685,8 +721,8 @@ def get_args(argv=None):
     if algo == "ipo" and args.beta == 0:
         p.error("--beta is 0, but ipo's target margin is 1/(2 beta)")
     settings = [f"{name}{getattr(args, name):g}" for name in ALGOS[algo] if name not in AT_LEAST_1]
-    name = "-".join([model, algo, *settings, f"seed{args.seed}"])
-    args.out = args.out.replace("<model>-<algo>-<settings>-seed<seed>", name).rstrip("/")
+    name = "-".join([os.path.basename(os.path.abspath(args.data)), algo, *settings, f"seed{args.seed}"])
+    args.out = args.out.replace("<data>-<algo>-<settings>-seed<seed>", name).rstrip("/")
     args.init = args.init.replace("<data>", args.data)
     args.tokenizer = args.tokenizer.replace("<data>", args.data)
     args.hashes = {}  # of the files that the run reads, compared when it is resumed
@@ -702,7 +738,7 @@ def stop_on_signal():
         stop.set()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.write(1, b"finishing this step or evaluation; Ctrl-C again stops at once\n")  # print is not safe here
+        os.write(1, b"finishing this step or evaluation; Ctrl-C again stops now\n")  # print is not safe here
 
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
@@ -711,6 +747,8 @@ def stop_on_signal():
 
 def main(argv=None):
     args = get_args(argv)
+    if args.init == f"{args.data}/sft.pt":
+        require_file(args, "sft.pt", "it is the reference model")
     evaluate = None
     sampler = generate
     if args.judge != "none":
@@ -719,22 +757,14 @@ def main(argv=None):
     if args.fast_sampling:
         from extras.fast_generate import fast_generate as sampler
     settings = [f"{name}={x}" for name, x in vars(args).items() if name != "hashes"]
-    print(textwrap.fill(" ".join(settings), 80, break_long_words=False, break_on_hyphens=False))
+    print(wrap(" ".join(settings)))
     stop = stop_on_signal()
     train(args, evaluate, sampler, stop)
     if os.path.exists(f"{args.out}/best.pt"):
-        print(f"to read samples: make sample MODEL={args.model} CHECKPOINT={args.out}/best.pt N=3")
+        print(f"to read samples: make sample MODEL={args.model} N=3 \\\n  CHECKPOINT={args.out}/best.pt")
     if stop.is_set():
         sys.exit(130)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # samples may hold characters that the terminal cannot show
-    try:
-        main()
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full: use a smaller --micro_batch_size.", file=sys.stderr)
-        sys.exit(2)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

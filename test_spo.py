@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import spo
-from model import BOS, KVCache, ModelArgs, Transformer, generate, load, load_checkpoint, save
+from model import BOS, KVCache, ModelArgs, Transformer, generate, load, load_checkpoint, save, wrap
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
@@ -140,31 +140,33 @@ def learn_all(alpha):
 
 def print_theorems():
     """The table; True if every row is as the theorems say."""
-    print("A tabular model of five responses learns softmax(r / alpha) from pairs of uneven\n"
-          "frequency. not 2, 3, 4: with a mu that is not symmetric it must not. TV: total variation.\n")
-    line = "{:9s}  {:>5s}  {:24s}  {:24s}  {:7s}  {}"
-    print(line.format("theorem", "alpha", "target", "learned", "TV", "pass"))
+    print(wrap("A tabular model of five responses learns softmax(r / alpha) from pairs of uneven frequency. not 2, 3, "
+               "4: with a mu that is not symmetric it must not. TV: total variation."))
+    line = "{:9s}  {:24s}  {:7s}  {}"
     good = True
     for alpha in ALPHAS:
         target = (r / alpha).softmax(0)
+        print("\n" + line.format(f"alpha {alpha}", "learned", "TV", "pass"))
+        print(line.format("target", " ".join(f"{p:.2f}" for p in target.tolist()), "", "").rstrip())
         for name, learned, tolerance in learn_all(alpha):
             tv = total_variation(learned, target)
             passed = tv > 0.02 if tolerance is None else tv < tolerance
-            cells = [" ".join(f"{p:.2f}" for p in pi.tolist()) for pi in (target, learned)]
-            print(line.format(name, str(alpha), *cells, f"{tv:.1e}", "yes" if passed else "NO"))
+            cells = " ".join(f"{p:.2f}" for p in learned.tolist())
+            print(line.format(name, cells, f"{tv:.1e}", "yes" if passed else "NO"))
             good = good and passed
     print("\nall as the theorems say" if good else "\nNOT as the theorems say")
-    print("\nEq. 6 at alpha 0.3, from softmax(r / alpha) at beta 0 to pi_ref:\n"
-          "  beta  learned                   TV to softmax  TV to pi_ref")
+    print("\nEq. 6 at alpha 0.3: from softmax(r / alpha) to pi_ref\n"
+          " beta  learned                   TV to softmax  TV to pi_ref")
     for beta in (0, 0.01, 0.1, 1, 10):
         pi = minimize(lambda logp: eq6_objective(logp, 0.3, beta))
-        print(f"{beta:6g}  {' '.join(f'{p:.2f}' for p in pi.tolist())}  "
+        print(f"{beta:5g}  {' '.join(f'{p:.2f}' for p in pi.tolist())}  "
               f"{total_variation(pi, (r / 0.3).softmax(0)):13.3f}  {total_variation(pi, pi_ref):12.3f}")
     sequence, token, gradient, token_gradient, _ = enumerate_kl()
-    print(f"\nToken KL of a model whose responses can be enumerated: {token:.6f}, sequence KL {sequence:.6f};\n"
-          f"its gradient, which holds the prefixes fixed, is "
-          f"{(token_gradient - gradient).norm() / gradient.norm():.0%} off the exact one "
-          f"(cosine {F.cosine_similarity(token_gradient, gradient, 0):.2f}).")
+    print()
+    print(wrap(f"Token KL of a model whose responses can be enumerated: {token:.6f}, sequence KL {sequence:.6f}; its "
+               f"gradient, which holds the prefixes fixed, is "
+               f"{(token_gradient - gradient).norm() / gradient.norm():.0%} off the exact one "
+               f"(cosine {F.cosine_similarity(token_gradient, gradient, 0):.2f})."))
     return good
 
 

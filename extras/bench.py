@@ -4,10 +4,8 @@ The speed of each part of training: python -m extras.bench --model stories15M --
 Weights and tokens are random, of the true shapes and at full length. Times are medians (min-max); limit is the
 share of this machine's speed in matrix products, MiB the most memory so far. The last line is JSON of all numbers.
 """
-import argparse
 import json
 import resource
-import sys
 import time
 
 import numpy as np
@@ -17,7 +15,7 @@ from torch.nn.functional import cross_entropy
 import spo
 from extras.fast_generate import fast_generate
 from extras.toyworld import MODEL_ARGS
-from model import BOS, ModelArgs, Transformer, UserError, generate
+from model import BOS, ModelArgs, Parser, Transformer, generate, run_main, screen_width, wrap
 
 MODEL_260K = dict(dim=64, n_layers=5, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=4, max_seq_len=512)
 MODEL_15M = dict(dim=288, n_layers=6, n_heads=6, multiple_of=32, max_seq_len=256)
@@ -50,9 +48,15 @@ class Table:
         self.limit = 2 * n ** 3 / min(measure(lambda: x @ y, args))                 # FLOP/s
         self.num_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.results = {**vars(args), "torch": torch.__version__, "gflops": self.limit / 1e9}
-        print(f"{args.device}, {args.threads} threads, {args.dtype}, {self.limit / 1e9:.0f} GFLOP/s; {args.model}, "
-              f"{self.num_params:,} parameters")
-        print(f"{'':36}{'seconds':>21} {'tokens/s':>9}{'limit':>6}{'MiB':>7}")
+        print(wrap(f"{args.device}, {args.threads} threads, {args.dtype}, {self.limit / 1e9:.0f} GFLOP/s; "
+                   f"{args.model}, {self.num_params:,} parameters"))
+        self.print_row("", f"{'seconds':21}", "tokens/s", "limit", "MiB")
+
+    def print_row(self, name, seconds, tokens_per_s, limit, memory):
+        """A row of 80 columns; on a narrower screen of 59, without the times' range and the memory."""
+        if screen_width() < 80:
+            seconds, memory = seconds[:7], ""
+        print(f"{name:36}{seconds} {tokens_per_s:>9}{limit:>6}{memory:>7}".rstrip(), flush=True)
 
     def row(self, name, fn, tokens, context, passes):
         """Measures fn -> its median. FLOP per token: passes (1 forward, 2 backward) of 2 N + 4 L dim context."""
@@ -66,7 +70,7 @@ class Table:
         self.results[name] = dict(seconds=seconds, tokens_per_s=tokens / seconds, memory_mib=memory,
                                   share_of_limit=limit)
         spread = f"({min(times):.3f}-{max(times):.3f})"
-        print(f"{name:36}{seconds:7.3f} {spread:13} {tokens / seconds:9,.0f}{limit:6.0%}{memory:7}", flush=True)
+        self.print_row(name, f"{seconds:7.3f} {spread:13}", f"{tokens / seconds:,.0f}", f"{limit:.0%}", memory)
         return seconds
 
 
@@ -133,7 +137,7 @@ def bench_sampling(args, table, policy, sampler):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="The speed of each part of training.", allow_abbrev=False)
+    p = Parser(description="The speed of each part of training.")
     p.add_argument("--model", choices=SHAPES, default="toy", help="whose shape")
     p.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 256], help="batch sizes of sampling")
     p.add_argument("--reps", type=int, default=3, help="how often each part is measured")
@@ -157,8 +161,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

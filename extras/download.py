@@ -44,12 +44,13 @@ def download_verified(url, size, sha256, path):
     (None: not known) and sha256 are right; else deletes it and raises UserError.
     """
     part = f"{path}.part"
+    by_hand = f"or fetch it by other means to {path.removesuffix('.new')}, where its sha256 is checked"
     with open(part, "ab") as f:
         with_retries(url, lambda: stream(url, f),
-                     {None: "try later, or name a mirror with " + " or ".join(ENDPOINTS)})
+                     {None: f"try later, name a mirror with {' or '.join(ENDPOINTS)}, {by_hand}"})
     length, digest = os.path.getsize(part), file_hash(part)
     if digest != sha256 or length != (size or length):
         os.remove(part)
         raise UserError(f"{url} gave {length} bytes with sha256 {digest[:8]}.., not {size or length} with "
-                        f"{sha256[:8]}..: nothing was kept; try again, or name a mirror.")
+                        f"{sha256[:8]}..: nothing was kept; try again, name a mirror, {by_hand}.")
     os.replace(part, path)

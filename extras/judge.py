@@ -3,21 +3,20 @@ Win rates against the reference, and what else is measured on fresh samples: KL,
 
     python -m extras.judge out/.../best.pt --judge toy --n 1000     # a checkpoint; other flags are spo.py's
 """
-import argparse
 import json
+import math
 import os
-import sys
-import textwrap
 
 import torch
 
 import spo
 from extras import toyworld
 from extras.fast_generate import fast_generate
-from extras.llm_judge import get_endpoint, judge_pairs, llm_win_rate
+from extras.llm_judge import ask_test_question, get_endpoint, judge_pairs, llm_win_rate
 from extras.readability import Readability
 from extras.reward_model import load_reward_model, reward_at_end
-from model import BOS, UserError, atomic_write, file_hash, generate, load, load_tokenizer, upcast
+from model import BOS, Parser, UserError, atomic_write, file_hash, generate, load, load_tokenizer, run_main, upcast
+from model import wrap as wrap_text
 
 BATCH = 64                    # samples per forward pass, which needs little memory without gradients
 NUM_REF = 2000                # rows of ref.npy that win rates during training compare with
@@ -82,8 +81,8 @@ def make_judge(args, tokenizer, y_ref, paired=False):
     path = f"{args.data}/reward.pt"
     if args.judge == "reward":
         if not os.path.exists(path):
-            raise UserError(f"{path} does not exist: create it with `python prepare_data.py {args.model} "
-                            "--reward_steps 1000`, or name another --judge.")
+            raise UserError(f"{path} does not exist: create it with `make data MODEL={args.model} "
+                            "ARGS='--reward_steps 1000'`, or name another --judge.")
         args.hashes["reward.pt"] = file_hash(path)
         model = load_reward_model(path, args.device)
     if args.judge == "readability":
@@ -153,9 +152,9 @@ def sample(args, model, prompts, *key):
 
 
 def wrap(label, text):
-    """At most 80 columns. Control characters, which a model may sample, do not reach the terminal."""
+    """Lines that fit the screen. Control characters, which a model may sample, do not reach the terminal."""
     printable = "".join(c if c.isprintable() else " " for c in text)
-    return textwrap.fill(f"{label}: {printable}", 80, subsequent_indent=" " * (len(label) + 2)) + "\n"
+    return wrap_text(f"{label}: {printable}", " " * (len(label) + 2)) + "\n"
 
 
 def make_evaluate(args):
@@ -164,13 +163,14 @@ def make_evaluate(args):
     three beside the reference's, also to samples.txt. The files it reads are added to args.hashes.
     """
     path = f"{args.data}/ref.npy"
-    if not os.path.exists(path):
-        raise UserError(f"{path}, samples of the reference, does not exist: create it with `make data "
-                        f"MODEL={args.model}`, for a published model with SOURCE= too, or take --judge none.")
+    spo.require_file(args, "ref.npy", "--judge compares with these samples of the reference")
     reference = load(args.init, args.device)
     tokenizer = load_tokenizer(args.tokenizer, reference.args.vocab_size)
     prompts = get_prompts(args, reference.args, args.num_eval_samples)
     paired = prompts.shape[1] > 1  # with prompts, samples for the same one are compared
+    if args.judge == "llm":
+        evaluations = 1 + math.ceil(args.steps / args.eval_every)
+        ask_test_question(2 * args.num_eval_samples * evaluations)
     if paired:
         y_ref = sample(args, reference, prompts, EVAL_REF)
         spo.hash_files(args, "heldout_pairs.npy", f"heldout_pairs{spo.PROMPT_LENGTH}")
@@ -219,8 +219,7 @@ def best_evaluation(out):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="The win rate of a checkpoint against the reference. All other flags are "
-                                "those of spo.py.", allow_abbrev=False)
+    p = Parser(description="The win rate of a checkpoint against the reference. All other flags are those of spo.py.")
     p.add_argument("checkpoint", help="a .pt or .bin file; comes before the flags")
     p.add_argument("--n", type=int, default=1000, help="fresh samples of each model")
     own, rest = p.parse_known_args(argv)
@@ -231,23 +230,19 @@ def main(argv=None):
     if args.max_new_tokens > min(policy.args.max_seq_len, ref.args.max_seq_len):
         raise UserError(f"--max_new_tokens is {args.max_new_tokens}, more than the models read.")
     tokenizer = load_tokenizer(args.tokenizer, policy.args.vocab_size)
+    if args.judge == "llm":
+        ask_test_question(2 * own.n)
     prompts = get_prompts(args, policy.args, own.n)
     judge = make_judge(args, tokenizer, sample(args, ref, prompts, FRESH_REF), prompts.shape[1] > 1)
     y = sample(args, policy, prompts, FRESH)
     mask = spo.response_mask(y, (prompts >= 0).sum(1))
     result = {"n": own.n, **judge(y), **evaluate_samples(args, policy, ref, y, mask)}
     cells = [f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in result.items()]
-    print(textwrap.fill("  ".join(cells), 80, break_on_hyphens=False))
+    print(wrap_text("  ".join(cells)))
+    settings = {name: getattr(args, name) for name in ("seed", "data", "max_new_tokens", "dtype")}
     with open(os.path.join(os.path.dirname(own.checkpoint), "evaluations.jsonl"), "a") as f:
-        f.write(json.dumps({"checkpoint": os.path.basename(own.checkpoint), **result}) + "\n")
+        f.write(json.dumps({"checkpoint": os.path.basename(own.checkpoint), **settings, **result}) + "\n")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # samples may hold characters that the terminal cannot show
-    try:
-        main()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)

@@ -4,15 +4,13 @@ which the paper sets aside, is unbiased and noisier. How much, at a checkpoint:
 
     python -m extras.kl_estimators out/.../best.pt --batches 400    # other flags are spo.py's
 """
-import argparse
 import math
-import sys
 
 import torch
 
 import spo
 from extras.judge import sample
-from model import UserError, load
+from model import Parser, load, run_main, wrap
 
 ESTIMATE = 300  # purpose of spo.rng
 
@@ -67,7 +65,7 @@ def estimate_gradients(policy, ref, args, batches):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Other flags are those of spo.py.", allow_abbrev=False)
+    p = Parser(description="Other flags are those of spo.py.")
     p.add_argument("checkpoint", help="a .pt or .bin file; comes before the flags")
     p.add_argument("--batches", type=int, default=400, help="how many, each of --num_rollouts samples")
     own, rest = p.parse_known_args(argv)
@@ -76,18 +74,14 @@ def main(argv=None):
         p.error("--batches must be at least 4, and --algo one with rollouts")
     policy, ref = load(own.checkpoint, args.device), load(args.init, args.device)
     token, score = estimate_gradients(policy, ref, args, own.batches)
-    print("relative to the norm of the KL's gradient, in two halves of the batches:")
-    print("  token KL bias   token KL noise   score function noise   cosine")
+    print(wrap("relative to the norm of the KL's gradient, in two halves of the batches:"))
+    print("  token KL bias  its noise  score function noise  cosine")
     for token_half, score_half in zip(token.chunk(2), score.chunk(2)):
         row = compare_gradients(token_half, score_half)
-        print(f"  {row['bias']:13.2f} {row['noise']:16.2f} {row['score_noise']:22.2f} {row['cosine']:8.2f}")
+        print(f"  {row['bias']:13.2f} {row['noise']:10.2f} {row['score_noise']:21.2f} {row['cosine']:7.2f}")
         if math.isnan(row["cosine"]):
-            print("  nan: the noise hides the gradient, or there is none: take more --batches")
+            print(wrap("  nan: the noise hides the gradient, or there is none: take more --batches"))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -14,14 +14,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from model import UserError
+from model import Progress, UserError, wrap
 
-SETTINGS = {  # environment variable: (type, default, lowest); "none" leaves the last two out of the request
+SETTINGS = {  # environment variable: (type, default, lowest); empty or "none" leaves the last two out of the request
     "JUDGE_WORKERS": (int, 4, 1),        # requests in flight
     "JUDGE_TIMEOUT": (float, 120, 0.1),  # seconds of silence before a request is repeated
     "JUDGE_MAX_TOKENS": (int, 2000, 1),  # of a reply
@@ -36,6 +36,7 @@ BLOCK = 200                     # verdicts asked for before the share of invalid
 MAX_INVALID = 0.2               # a larger share stops the program
 
 Endpoint = namedtuple("Endpoint", ["url", "model", "key"])
+Reply = namedtuple("Reply", ["text", "trouble", "tokens"])  # trouble: why it holds no verdict, or ""; tokens: or 0
 
 
 def get_endpoint():
@@ -54,11 +55,12 @@ def get_endpoint():
 
 
 def read_setting(name):
-    """One of SETTINGS from the environment; None where it is "none"."""
+    """One of SETTINGS from the environment; None where the request has none."""
     number, default, lowest = SETTINGS[name]
-    text = os.environ.get(name, "").strip().lower() or str(default)
-    if text == "none" and name in ("JUDGE_MAX_TOKENS", "JUDGE_TEMPERATURE"):
+    text = os.environ.get(name, str(default)).strip().lower()
+    if text in ("", "none") and name in ("JUDGE_MAX_TOKENS", "JUDGE_TEMPERATURE"):
         return None
+    text = text or str(default)
     try:
         value = number(text)
     except ValueError:
@@ -88,7 +90,7 @@ def with_retries(url, attempt, advice):
         try:
             return attempt()
         except urllib.error.HTTPError as error:
-            status, trouble = error.code, f"it answers {error.code}"
+            status, trouble = error.code, f"it answers {error.code}{error_message(error)}"
             seconds = seconds_to_wait(error.headers.get("Retry-After", ""), seconds)
         except OSError as error:
             trouble = str(error) or type(error).__name__
@@ -99,8 +101,16 @@ def with_retries(url, attempt, advice):
         may_pass = status is None or status in RETRIED or status >= 500
         if not may_pass or tries == TRIES:
             raise UserError(f"{url} failed ({trouble}): {advice.get(status, advice[None])}.")
-        print(f"{url}: {trouble}; again in {seconds:.0f} s", flush=True)
+        print(wrap(f"{url}: {trouble}; again in {seconds:.0f} s"), flush=True)
         time.sleep(seconds)
+
+
+def error_message(error):
+    """What an HTTPError's body says, in OpenAI's form, shortened and without the key: ": ..."; "" in another form."""
+    try:
+        return ": " + quote(json.loads(error.read(MAX_BODY))["error"]["message"])
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return ""
 
 
 def read_body(response, limit):
@@ -112,18 +122,27 @@ def read_body(response, limit):
 
 
 def parse_completion(body):
-    """The text in a chat completion's JSON, "" if there is none. Raises OSError for any other body."""
+    """The Reply in a chat completion's JSON. Raises OSError for any other body."""
     try:
         completion = json.loads(body)
         choice = completion["choices"][0]
         if completion.get("error") or choice.get("error"):
             raise ValueError
-        if choice.get("finish_reason") == "length":  # again it would be as long: it is invalid, not repeated
-            return "(cut at JUDGE_MAX_TOKENS)"
-        content = choice["message"].get("content") or ""
+        usage, message = completion.get("usage") or {}, choice.get("message") or {}
+        cut = choice.get("finish_reason") == "length"
+        if not message and not cut:
+            raise ValueError
+        content, refusal = message.get("content") or "", message.get("refusal")
         if isinstance(content, list):
             content = "".join(part["text"] for part in content if part.get("type", "text") == "text")
-        return str(content)
+        trouble = ""  # again it would be the same: it is invalid, not repeated
+        if cut:
+            trouble = "cut at JUDGE_MAX_TOKENS"
+        elif refusal or choice.get("finish_reason") == "content_filter":
+            trouble = "refused"
+        elif not content.strip():
+            trouble = "empty"
+        return Reply(str(content or refusal or ""), trouble, int(usage.get("total_tokens") or 0))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise OSError("not a chat completion") from None
 
@@ -134,7 +153,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def chat_completion(prompt):
-    """The endpoint's reply to prompt. Raises UserError where there is none."""
+    """The endpoint's Reply to prompt. Raises UserError where there is none."""
     url, model, key = get_endpoint()
     timeout = read_setting("JUDGE_TIMEOUT")
     fields = dict(model=model, messages=[dict(role="user", content=prompt)],
@@ -208,21 +227,45 @@ def parse_verdict(reply, delimiter):
 
 
 def llm_verdict(story_1, story_2):
-    """Asks the endpoint -> (verdict as parse_verdict gives it, reply)."""
+    """Asks the endpoint -> (verdict as parse_verdict gives it, Reply)."""
     delimiter, prompt = judge_prompt(story_1, story_2)
     reply = chat_completion(prompt)
-    return parse_verdict(reply, delimiter), reply
+    if reply.trouble:
+        return None, reply
+    verdict = parse_verdict(reply.text, delimiter)
+    return verdict, reply if verdict else reply._replace(trouble="no verdict")
 
 
-def quote(reply, key):
-    """The first 200 characters of reply, in ASCII on one line, without the key."""
+# A plot of about the length of a sample, and one that falls apart
+TEST_STORIES = (
+    "Once there was a shy girl named Mia. She wanted a kite, but it was stuck high in an old tree. Mia tried to climb "
+    "and could not. Her brother held the ladder, and together they freed it. They flew the kite until the sun set.",
+    "Tom had a ball. The ball was a dog was a ball. Tom sad. Tom sad. The cake it run and the the lake said. He was a "
+    "happy not. Then Tom had a ball had a ball. The dog said said the bird. And the day and the day and.")
+
+
+def ask_test_question(num_calls):
+    """Asks the endpoint one question before num_calls, and says what is to come. Raises UserError if it fails."""
+    endpoint, workers = get_endpoint(), read_setting("JUDGE_WORKERS")
+    verdict, reply = llm_verdict(*TEST_STORIES)
+    if verdict is None:
+        raise UserError(f"{endpoint.url} does not answer a test question with a verdict ({reply.trouble}), but "
+                        f"'{quote(reply.text)}': set another JUDGE_MODEL or more JUDGE_MAX_TOKENS.")
+    tokens = f", each of about {reply.tokens} tokens as a test question" if reply.tokens else ""
+    text = f"{endpoint.model} answers: up to {num_calls} calls are to come, {workers} at a time{tokens}"
+    print(wrap(text), flush=True)
+
+
+def quote(text):
+    """The first 200 characters of text, in ASCII on one line, without the key."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
     if key:
-        reply = reply.replace(key, "[removed]")
-    return ascii(" ".join(reply.split()))[1:-1][:200]
+        text = text.replace(key, "[removed]")
+    return ascii(" ".join(text.split()))[1:-1][:200]
 
 
 def read_verdicts(path):
-    """The verdicts kept in path -> {key: (verdict, quote of the reply if invalid)}. Creates path."""
+    """The verdicts kept in path -> {key: (verdict, reason and quote of the reply if invalid)}. Creates path."""
     verdicts = {}
     with open(path, "a+") as f:
         f.write("\n")  # ends a line that a kill left unfinished
@@ -231,19 +274,22 @@ def read_verdicts(path):
             try:
                 record = json.loads(line)
                 verdict = record["verdict"] and tuple(record["verdict"])
-                verdicts[record["key"]] = verdict, record["reply"]
+                verdicts[record["key"]] = verdict, (record.get("reason", "no verdict"), record["reply"])
             except (ValueError, LookupError, TypeError):
                 continue
     return verdicts
 
 
 def check_invalid(verdicts, path):
-    """Raises UserError where more than MAX_INVALID of the verdicts are invalid."""
-    invalid = [text for verdict, text in verdicts.values() if verdict is None]
+    """Counts the invalid verdicts by reason -> text. Raises UserError where they are more than MAX_INVALID."""
+    invalid = [why for verdict, why in verdicts.values() if verdict is None]
+    counts = Counter(reason for reason, _ in invalid)
+    text = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     if len(invalid) > MAX_INVALID * len(verdicts):
-        raise UserError(f"{len(invalid)} of the judge's {len(verdicts)} replies are not verdicts, such as "
-                        f"'{invalid[-1]}': set another JUDGE_MODEL or more JUDGE_MAX_TOKENS; to ask again, "
-                        f"remove the lines of {path} whose verdict is null.")
+        raise UserError(f"{len(invalid)} of the judge's {len(verdicts)} replies are not verdicts ({text}), such as "
+                        f"'{invalid[-1][1]}' ({invalid[-1][0]}): set another JUDGE_MODEL or more JUDGE_MAX_TOKENS; to "
+                        f"ask again, remove the lines of {path} whose verdict is null.")
+    return text
 
 
 def judge_pairs(pairs, path):
@@ -261,23 +307,29 @@ def judge_pairs(pairs, path):
     kept = read_verdicts(path)
     verdicts = {key: kept[key] for key in orders if key in kept}
     to_ask = [key for key in orders if key not in kept]
-    print(f"{endpoint.model}: {len(to_ask)} verdicts to ask for, {len(verdicts)} known", flush=True)
-    lock = threading.Lock()
+    print(wrap(f"{endpoint.model}: {len(to_ask)} verdicts to ask for, {len(verdicts)} known"), flush=True)
+    lock, progress, shown = threading.Lock(), Progress("judged", len(to_ask)), []
 
     def ask(key):
         verdict, reply = llm_verdict(*orders[key])
-        text = "" if verdict else quote(reply, endpoint.key)
+        text = "" if verdict else quote(reply.text)
         with lock, open(path, "a") as f:
-            verdicts[key] = verdict, text
-            f.write(json.dumps(dict(key=key, verdict=verdict, reply=text)) + "\n")
+            verdicts[key] = verdict, (reply.trouble, text)
+            record = dict(key=key, verdict=verdict, reason=reply.trouble, reply=text, tokens=reply.tokens)
+            f.write(json.dumps(record) + "\n")
+            if verdict is None and not shown:
+                shown.append(key)
+                print(wrap(f"an invalid reply ({reply.trouble}): '{text}'"), flush=True)
+            progress.add(1)
 
     with ThreadPoolExecutor(read_setting("JUDGE_WORKERS")) as pool:
         for start in range(0, len(to_ask), BLOCK):
             if len(verdicts) >= BLOCK:
                 check_invalid(verdicts, path)
             list(pool.map(ask, to_ask[start:start + BLOCK]))
-            print(f"{len(verdicts)} of {len(orders)} verdicts", flush=True)
-    check_invalid(verdicts, path)
+    invalid = check_invalid(verdicts, path)
+    if invalid:
+        print(wrap(f"invalid replies: {invalid}"), flush=True)
     return [(verdicts[key][0], verdicts[swapped][0]) for key, swapped in zip(keys[::2], keys[1::2])]
 
 

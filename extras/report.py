@@ -7,7 +7,6 @@ The paper's experiment on the toy world, and plots of any runs. Repeated after a
     python -m extras.report --compare           # SPO and DPO side by side, a few minutes, in out/compare
     python -m extras.report --plot out/A out/B --out plot.png
 """
-import argparse
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from extras.judge import best_evaluation, read_evaluations, read_log
-from model import UserError, atomic_write, file_hash
+from model import Parser, UserError, atomic_write, file_hash, run_main
 
 # Each method is tuned over four settings by its mean peak on two seeds; the best one runs on five other seeds. The
 # peak is the best evaluation of the first STEPS steps; that model is evaluated again on 1,000 fresh samples, since
@@ -37,7 +36,7 @@ ABLATIONS = ["", "--beta 0", "--beta 0.01", "--beta 0.2", "--beta 1", "--beta 0.
              "--gamma 0.03", "--gamma 0.1", "--gamma 0.3", "--gamma 1", "--rollout_every 1", "--rollout_every 32",
              "--num_rollouts 32", "--num_rollouts 128"]
 COLUMNS = {"step": 0, "win_rate": 3, "kl": 1, "entropy": 1, "length": 1}  # field of an evaluation -> digits
-LINE_STYLES = ("-", "--", "-.", ":")
+LINES = (("black", "-", "o"), ("C0", "--", "s"), ("C1", "-.", "^"), ("C4", ":", "D"))  # color, style, marker
 # For `make compare`, past their peaks: the README's first command, and the settings of SPO and DPO that fall least
 COMPARE = ("--algo spo --alpha 0.01", "--algo spo --alpha 0.3 --lr 4e-4", "--algo dpo --beta 0.3 --lr 4e-4")
 COMPARE_STEPS = 1000
@@ -192,36 +191,40 @@ def winrate_by_kl(runs):
     return markdown(rows)
 
 
-
 def figure(runs, path):
     """Win rate and KL against steps, win rate against KL; means over seeds, shaded: standard deviations."""
     try:
         import matplotlib.pyplot as plt  # here, because nothing else needs it
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise UserError("figures need matplotlib: run `make plot` or `pip install matplotlib==3.11.2`.") from None
     plt.switch_backend("Agg")
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.2 + 0.2 * len(runs)), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(9, 3.2 + 0.2 * len(runs)), layout="constrained")
     for i, (name, seeds) in enumerate(runs.items()):
         values = [[[r["step"], r["win_rate"], r["kl"]] for r in evaluations] for _, evaluations in seeds]
         step, win_rate, kl = np.array(values, float).transpose(2, 0, 1)             # (seeds, evaluations)
-        style = {"color": f"C{i}", "marker": "os^Dv"[i % 5], "ms": 4}
+        color, line, marker = LINES[i % len(LINES)]                                 # which differ in grey, too
+        style = {"color": color, "marker": marker, "ms": 5}
         for ax, y in ((axes[0], win_rate), (axes[1], kl)):
             mean, deviation = y.mean(0), y.std(0, ddof=min(1, len(y) - 1))
-            ax.plot(step[0], mean, label=name, markevery=max(1, len(mean) // 8), ls=LINE_STYLES[i % 4], **style)
-            ax.fill_between(step[0], mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
+            ax.plot(step[0], mean, label=name, markevery=max(1, len(mean) // 8), ls=line, **style)
+            ax.fill_between(step[0], mean - deviation, mean + deviation, color=color, alpha=0.15, lw=0)
         axes[2].plot(kl.flatten(), win_rate.flatten(), ls="", mfc="none", alpha=0.7, **style)
-    for ax, x, y in zip(axes, ("step", "step", "kl"), ("win_rate", "kl", "win_rate")):
+    for ax, x, y in zip(axes, ("step", "step", "KL (nats)"), ("win rate", "KL (nats)", "win rate")):
         ax.set(xlabel=x, ylabel=y)
         ax.grid(alpha=0.3)
-        if y == "win_rate":
-            ax.axhline(0.5, color="grey", lw=0.8)
-    fig.legend(handles=axes[0].lines[:-1], loc="outside lower center", ncols=max(1, 99 // max(map(len, runs))))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=(1, 2, 5, 10)))
+        if y == "win rate":
+            ax.axhline(0.5, color="grey", lw=1.5, label="0.5: level with the reference")
+    text = f"mean of {len(seeds)} seeds; band: standard deviation over seeds" if len(seeds) > 1 else "one seed per curve"
+    fig.suptitle(f"{text}; right: every evaluation", fontsize=10)
+    fig.legend(handles=axes[0].lines, loc="outside lower center", ncols=max(1, 80 // max(map(len, runs))))
     with atomic_write(path) as f:
-        fig.savefig(f, format="png", dpi=100)
+        fig.savefig(f, format="png", dpi=120)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Table 1 and Figure 1, ablations, or plots.", allow_abbrev=False)
+    p = Parser(description="Table 1 and Figure 1, ablations, or plots.")
     which = p.add_mutually_exclusive_group()
     which.add_argument("--model", choices=("toy", "toy-naive"), default="toy", help="whose expert judges Table 1")
     which.add_argument("--ablations", action="store_true", help="change one setting of SPO at a time")
@@ -244,10 +247,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -160,7 +160,7 @@ def test_settings_are_kept_and_others_refused(world, tmp_path, monkeypatch):
         prepare_toy(data, "--reward_steps", "2")
 
 
-def test_preferences_of_the_users_for_the_toy_model(tmp_path):
+def test_preferences_of_the_users_for_the_toy_model(tmp_path, capsys):
     source = pairs_file(tmp_path, write_stories(40))
     flags = ["--num_stories", "32", "--sft_steps", "1", *FEW]
     prepare_toy(tmp_path / "data", "--source", source, *flags)
@@ -168,7 +168,9 @@ def test_preferences_of_the_users_for_the_toy_model(tmp_path):
     stories = write_stories(40)
     assert sorted(rows) == sorted([list(pair) for pair in zip(stories[::2], stories[1::2])])
     assert not os.path.exists(tmp_path / "data/ranked.npy")
+    assert capsys.readouterr().out.count("still judged by the toy world's expert") == 1
     prepare_toy(tmp_path / "data")  # as `make train` does
+    assert "expert" not in capsys.readouterr().out
 
 
 def test_another_source_is_refused(published, tmp_path):

@@ -96,7 +96,10 @@ def test_the_llm_sees_ours_first_and_its_name_is_recorded(monkeypatch, data):
             first if story_1 == better != story_2 else second for story_1, story_2 in pairs])
         ask = judge.make_judge(args, tokenizer, torch.full((6, 3), 6))
         assert ask(torch.full((4, 3), 5))["win_rate"] == (better == "ours")
+    calls = []
+    monkeypatch.setattr(judge, "ask_test_question", calls.append)
     record = judge.make_evaluate(args)(load(args.init), load(args.init), 0)
+    assert calls == [2 * 70 * 2]  # two evaluations in both orders: at steps 0 and 7
     assert record["judge"] == args.judge_model == "judge-1" and record["n"] == 70
     with pytest.raises(UserError, match="--num_eval_samples must be at most 80"):
         judge.make_evaluate(get_args(data, "--judge", "llm", "--num_eval_samples", "81"))
@@ -162,10 +165,10 @@ def test_with_prompts_the_samples_for_the_same_held_out_prompt_are_compared(data
 
 
 def test_missing_files(data):
-    with pytest.raises(UserError, match="reward.pt does not exist: create it with `python prepare_data.py toy"):
+    with pytest.raises(UserError, match="reward.pt does not exist: create it with `make data MODEL=toy"):
         judge.make_evaluate(get_args(data, "--judge", "reward"))
     os.remove(f"{data}/ref.npy")
-    with pytest.raises(UserError, match="ref.npy, samples of the reference, does not exist: .* MODEL=toy`"):
+    with pytest.raises(UserError, match="ref.npy does not exist, .* samples of the reference: .* MODEL=toy"):
         judge.make_evaluate(get_args(data))
 
 
@@ -178,6 +181,7 @@ def test_the_program_gives_the_reference_one_half_against_itself(data, capsys, m
 
     itself = run(tiny(0))
     assert itself["kl"] == 0 and itself["n"] == 200 and itself["checkpoint"] == "model.pt"
+    assert (itself["seed"], itself["data"], itself["max_new_tokens"], itself["dtype"]) == (0, data, 40, "float32")
     assert 0 < abs(itself["win_rate"] - 0.5) < 3 * itself["win_rate_se"] < 0.2
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
     model = tiny(0)

@@ -5,12 +5,17 @@ import json
 import re
 import threading
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 
-from extras import llm_judge
+import model
+import prepare_data
+import spo
+from extras import judge, llm_judge
 from extras.llm_judge import judge_pairs, judge_prompt, llm_verdict, parse_verdict
+from extras.tests.conftest import TOKENIZER
 from model import UserError
 
 KEY = "sk-secret-0123456789"
@@ -61,8 +66,10 @@ def endpoint(monkeypatch):
         server.url = f"http://127.0.0.1:{server.server_port}/v1"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         variables = dict(OPENAI_BASE_URL=server.url, OPENAI_API_KEY=KEY, JUDGE_MODEL="judge-1", no_proxy="*")
-        for name, value in (variables | dict.fromkeys(llm_judge.SETTINGS, "")).items():
+        for name, value in variables.items():
             monkeypatch.setenv(name, value)
+        for name in llm_judge.SETTINGS:
+            monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(llm_judge, "PAUSE", 0.01)
         yield server
         server.shutdown()
@@ -73,11 +80,11 @@ def test_request(endpoint, monkeypatch):
         return [dict(type="thinking", text="no"), dict(type="text", text=by_scores(prompt))]
 
     endpoint.replies = [by_scores, in_parts]
-    assert llm_verdict("7 years ago", "4 cats") == ((7, 4, 1), by_scores(endpoint.prompts[0]))
+    assert llm_verdict("7 years ago", "4 cats") == ((7, 4, 1), (by_scores(endpoint.prompts[0]), "", 0))
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    monkeypatch.setenv("JUDGE_TEMPERATURE", "None")
+    monkeypatch.setenv("JUDGE_TEMPERATURE", "")
     monkeypatch.setenv("JUDGE_MAX_TOKENS", "none")
-    assert llm_verdict("7", "4") == ((7, 4, 1), by_scores(endpoint.prompts[1]))
+    assert llm_verdict("7", "4") == ((7, 4, 1), (by_scores(endpoint.prompts[1]), "", 0))
     messages = [[dict(role="user", content=prompt)] for prompt in endpoint.prompts]
     data = dict(model="judge-1", messages=messages[0], temperature=0, max_tokens=2000)
     assert endpoint.requests[0] == ("/v1/chat/completions", f"Bearer {KEY}", data)
@@ -176,12 +183,63 @@ def test_trouble_that_stays(endpoint, status, words):
     assert len(endpoint.requests) == 1 and KEY not in str(error.value)  # one: redirects are not followed
 
 
-@pytest.mark.parametrize("choice", [dict(message=dict(content=GOOD)), dict(message=None), {}])
-def test_a_reply_cut_at_the_length_limit_is_invalid(endpoint, choice):
-    choice = dict(choice, finish_reason="length")
-    endpoint.replies = [dict(body=json.dumps({"choices": [choice]}))]
-    assert llm_verdict("7", "4") == (None, "(cut at JUDGE_MAX_TOKENS)")
-    assert len(endpoint.requests) == 1
+@pytest.mark.parametrize("choice, reason", [
+    (dict(finish_reason="length", message=dict(content=GOOD)), "cut at JUDGE_MAX_TOKENS"),
+    (dict(finish_reason="length", message=None), "cut at JUDGE_MAX_TOKENS"),
+    (dict(finish_reason="length"), "cut at JUDGE_MAX_TOKENS"),
+    (dict(message=dict(content=None, refusal="I will not.")), "refused"),
+    (dict(finish_reason="content_filter", message=dict(content=GOOD)), "refused"),
+    (dict(message=dict(content=" ")), "empty"), (dict(message=dict(content="Story 1.")), "no verdict")])
+def test_an_invalid_reply_has_a_reason_and_is_not_asked_for_again(endpoint, choice, reason):
+    endpoint.replies = [dict(body=json.dumps({"choices": [choice], "usage": {"total_tokens": 7}}))]
+    verdict, reply = llm_verdict("7", "4")
+    assert (verdict, reply.trouble, reply.tokens, len(endpoint.requests)) == (None, reason, 7, 1)
+
+
+def test_the_test_question(endpoint, capsys):
+    endpoint.replies = [lambda prompt: by_scores(prompt.replace("Once", "9").replace("Tom had", "2 Tom had"))]
+    llm_judge.ask_test_question(8000)
+    assert "judge-1 answers: up to 8000 calls are to come, 4 at a time\n" == capsys.readouterr().out
+    verdict = by_scores(endpoint.prompts[0].replace("Once", "9").replace("Tom had", "2 Tom had"))
+    endpoint.replies = [dict(body=json.dumps(json.loads(completion(verdict)) | {"usage": {"total_tokens": 600}}))]
+    llm_judge.ask_test_question(8000)
+    assert "8000 calls are to come, 4 at a time, each of about 600 tokens" in " ".join(capsys.readouterr().out.split())
+    endpoint.replies = [lambda prompt: f"I cannot say, {KEY}."]
+    with pytest.raises(UserError, match=r"completions does not .* \(no verdict\), but 'I cannot say, \[removed\]."):
+        llm_judge.ask_test_question(1)
+
+
+def test_a_failing_endpoint_is_found_before_any_work(endpoint, world, tmp_path, monkeypatch):
+    def work(*_, **__):
+        pytest.fail("work has begun")
+
+    for module, name in ((prepare_data, "prepare_toy"), (spo, "train"), (judge, "sample")):
+        monkeypatch.setattr(module, name, work)
+    told = {"error": {"message": f"no credit for {KEY}"}}
+    endpoint.replies = [dict(status=401, body=json.dumps(told))]
+    flags = ["--tokenizer", TOKENIZER, "--judge", "llm", "--data"]
+    for main, argv in ((prepare_data.main, ["toy", "--source", "made", *flags, str(tmp_path / "data")]),
+                       (spo.main, ["--out", str(tmp_path / "out"), "--num_eval_samples", "8", *flags, world]),
+                       (judge.main, [f"{world}/sft.pt", *flags, world])):
+        with pytest.raises(UserError, match=r"v1.* failed \(it answers 401: no credit for \[removed\]\): check OPENAI_B"):
+            main(argv)
+    assert len(endpoint.requests) == 3 and not list(tmp_path.iterdir())
+
+
+def test_progress_is_shown_and_an_invalid_reply_once(endpoint, tmp_path, monkeypatch, capsys):
+    ticks = iter(range(0, 1000, 6))  # seconds, from one verdict to the next
+    monkeypatch.setattr(model, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setenv("JUDGE_WORKERS", "1")
+    cut = dict(body=completion("I think", finish_reason="length"))
+    endpoint.replies = [lambda prompt: "Hm.", cut, by_scores]
+    judge_pairs([(f"7 {i}", "4") for i in range(5)], tmp_path / "v.jsonl")
+    out = capsys.readouterr().out
+    assert out.count("an invalid reply (no verdict): 'Hm.'") == 1 == out.count("an invalid reply")
+    assert re.findall("judged .*", out) == [f"judged {n} of 10, 0:00:{6 * (10 - n):02} left" for n in (2, 4, 6, 8)]
+    assert "invalid replies: 1 no verdict, 1 cut at JUDGE_MAX_TOKENS\n" in out
+    records = [json.loads(line) for line in open(tmp_path / "v.jsonl") if line.strip()]
+    assert [r["reason"] for r in records] == ["no verdict", "cut at JUDGE_MAX_TOKENS", *8 * [""]]
+    assert [r["reply"] for r in records[:3]] == ["Hm.", "I think", ""] and records[2]["verdict"] == [7, 4, 1]
 
 
 def test_pauses(monkeypatch):
@@ -239,7 +297,7 @@ def test_many_invalid_replies_stop(endpoint, tmp_path):
     endpoint.replies = [lambda prompt: "I cannot say."]
     pairs = [(f"7 {i}", "4") for i in range(200)]
     for _ in range(2):
-        with pytest.raises(UserError, match=r"200 of the judge's 200 replies .* 'I cannot say.'"):
+        with pytest.raises(UserError, match=r"200 of the judge's 200 .* \(200 no verdict\), .* 'I cannot say.' \(no"):
             judge_pairs(pairs, tmp_path / "verdicts.jsonl")
         assert len(endpoint.requests) == 200  # the second time it is known
 

@@ -6,6 +6,7 @@ import runpy
 import struct
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 import spo
 from extras.tests.conftest import ROOT, TOKENIZER
 from model import (BOS, ModelArgs, UserError, atomic_write, export, generate, load, load_checkpoint, load_tokenizer,
-                   sample_token, save)
+                   sample_token, save, wrap)
 from test_spo import slow_generate, tiny
 
 TOKENS = torch.randint(0, 30, (3, 20), generator=spo.rng(0))
@@ -216,6 +217,19 @@ def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch)
         assert path.read_bytes() == b"newer" and os.listdir(tmp_path) == ["a"]
 
 
+def test_progress_is_shown_where_it_takes_long(monkeypatch, capsys):
+    def tokens():
+        y = spo.sample(tiny(20), 600, 4, spo.rng(0))                                # 256 at a time
+        spo.dataset_logp(tiny(20), y[:9, None].numpy().astype("uint16"), torch.arange(9).split(3), 8)
+        return capsys.readouterr().out.splitlines()
+
+    assert tokens() == []
+    ticks = iter(range(0, 10 ** 9, 6000))  # seconds
+    monkeypatch.setattr("model.time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    assert tokens() == ["sampled 256 of 600, 2:14:22 left", "sampled 512 of 600, 0:34:22 left",
+                        "log pi of row 3 of 9, 3:20:00 left", "log pi of row 6 of 9, 1:40:00 left"]
+
+
 def test_the_program_prints_samples_or_one_sentence(tmp_path, monkeypatch, capsys):
     def program(flags):
         monkeypatch.setattr("sys.argv", ["model.py", "--tokenizer", TOKENIZER, *flags.split()])
@@ -231,7 +245,8 @@ def test_the_program_prints_samples_or_one_sentence(tmp_path, monkeypatch, capsy
     prompt = torch.tensor([[BOS, *tokenizer.encode("Tom")]] * 3)
     y = generate(tiny(640), prompt, 20, 0.8, 50, torch.Generator().manual_seed(1))
     flags = "a.pt --prompt Tom -n 3 --max_new_tokens 20 --temperature 0.8 --top_k 50 --seed "
-    assert program(flags + "1") == (0, "\n\n".join(tokenizer.decode(y.tolist())) + "\n", "") == program(flags + "1")
+    texts = map(wrap, tokenizer.decode(y.tolist()))
+    assert program(flags + "1") == (0, "\n\n".join(texts) + "\n", "") == program(flags + "1")
     assert program(flags + "1")[1].startswith("Tom") and program(flags + "1") != program(flags + "2")
     for flags, words in (("a.pt --prompt " + 65 * "Tom", "tokens"), ("a.pt --max_new_tokens 65", "from 1 to 64"),
                          ("a.pt --max_new_tokens 0", "1 to 64"), ("a.pt -n 0", "-n"), ("a.pt --top_k 0", "top_k"),

@@ -323,7 +323,8 @@ def test_the_filter_of_e1(verdict, swapped, outcome):
 def test_made_pairs_are_the_models_own_tokens(published, monkeypatch, capsys):
     """The judge fails once, half-way; after that nothing is sampled again, and what is kept is what it liked."""
     data, run = published
-    asked, answers = [], [((8, 4, 1), (4, 8, 2)), ((4, 8, 2), (8, 4, 1)), ((8, 4, 1), (8, 4, 1)), (None, (8, 4, 1))]
+    asked_before, asked = [], []
+    answers = [((8, 4, 1), (4, 8, 2)), ((4, 8, 2), (8, 4, 1)), ((8, 4, 1), (8, 4, 1)), (None, (8, 4, 1))]
 
     def judge_pairs(pairs, path):
         asked.append(pairs)
@@ -334,9 +335,11 @@ def test_made_pairs_are_the_models_own_tokens(published, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("JUDGE_MODEL", "scripted")
     monkeypatch.setattr(make_pairs, "judge_pairs", judge_pairs)
+    monkeypatch.setattr(prepare_data, "ask_test_question", asked_before.append)
     with pytest.raises(UserError, match="run out"):
         run("--source", "made", "--num_pairs", "48", *FEW)
     made = file_hash(data / "made.npy")
+    assert asked_before == [96]
     run()
     run()  # all is there
     assert asked[0] == asked[1] and len(asked) == 2 and file_hash(data / "made.npy") == made

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 
+import model
 import prepare_data
 import spo
 from extras.tests.conftest import ROOT
@@ -107,9 +108,11 @@ def test_every_make_command_runs_its_program_with_flags_that_it_takes(line):
 def test_the_first_command_of_the_readme(world, tmp_path):
     line = re.search(r"make (train ALGO=spo ALPHA=0.01)", read("README.md"))[1]
     flags = "--batch_size 8 --num_eval_samples 16 --eval_every 2"
-    done = make(*line.split(), f"DATA={world}", "STEPS=4", f"OUT={tmp_path}/my run", f"ARGS={flags}")
+    done = make(*line.split(), f"DATA={world}", "STEPS=4", f"OUT={tmp_path}/my run", f"ARGS={flags}",
+                COLUMNS="60", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
-    assert "alpha=0.01" in done.stdout and all(len(x) <= 80 for x in done.stdout.splitlines() if str(tmp_path) not in x)
+    assert "alpha=0.01" in done.stdout and all(len(x) <= 60 for x in done.stdout.splitlines() if "/" not in x)
+    assert "  step     loss     reg   margin accuracy       eta\n" in done.stdout
     assert {"ckpt.pt", "best.pt", "log.jsonl", "samples.txt"} <= set(os.listdir(tmp_path / "my run"))
 
 
@@ -121,6 +124,16 @@ def test_the_first_command_of_the_readme(world, tmp_path):
 def test_a_setting_that_is_not_read_is_an_error(settings, words):
     done = make("-n", *settings.split())
     assert done.returncode == 2 and words in done.stderr
+
+
+def test_errors_name_makes_variables(capsys):
+    assert set(re.findall(r"call flag,\w+,--?(\w+)", read("Makefile"))) | {"resume"} <= {*model.MAKE_FLAGS.split("|")}
+    for text, named in (("--steps is 0", "--steps (make: STEPS=) is 0"), ("-n must", "-n (make: N=) must"),
+                        *((x, x) for x in ("held-out", "--num_pairs", "--lr", "--n_x", "--resume (make: RESUME=1)"))):
+        assert model.name_variables(text) == named
+    with pytest.raises(SystemExit):
+        spo.get_args(["--steps", "0"])
+    assert "--steps (make: STEPS=) is 0" in capsys.readouterr().err
 
 
 def test_make_passes_on_what_is_given_and_nothing_else():

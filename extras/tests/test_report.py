@@ -133,8 +133,10 @@ def test_figures_draw_what_is_in_the_logs(monkeypatch, tmp_path):
     (fig, plots), (_, means) = drawn  # each of win_rate by step, kl by step, win_rate by kl
     a, b, half = plots[0].lines
     assert np.allclose(half.get_ydata(), 0.5) and np.allclose(b.get_xydata(), [[0, 0.6], [2, 0.7]])
-    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["a", "b"]
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["a", "b", "0.5: level with the reference"]
     assert a.get_linestyle() != b.get_linestyle() and a.get_marker() != b.get_marker()
+    assert "one seed per curve" in fig.get_suptitle() and all(x % 1 == 0 for x in plots[0].get_xticks())
+    assert "mean of 2 seeds; band: standard deviation" in drawn[1][0].get_suptitle()
     steps = np.arange(0, 1501, 50)
     win_rate, kl = 0.3 + steps / 10_000, steps / 100
     for ax, expected in zip(means, ((steps, win_rate), (steps, kl), (2 * [*kl], 2 * [*win_rate]))):

@@ -216,6 +216,7 @@ def test_defaults_are_e2s_and_one_flag_belongs_to_one_algorithm(capsys):
     others = ("", "--seed 1", "--algo dpo", "--beta 0.1", "--model toy-naive")
     outs = [spo.get_args(flags.split()).out for flags in others]
     assert len(set(outs)) == 5 and outs[0] == "out/toy-spo-alpha0.01-beta0.05-gamma0-seed0"
+    assert spo.get_args(["--algo", "dpo", "--data", "data/toy-8000/"]).out == "out/toy-8000-dpo-beta0.1-seed0"
     for algo, own in spo.ALGOS.items():
         with contextlib.suppress(SystemExit):
             spo.get_args(["--algo", algo, "--help"])
@@ -248,6 +249,7 @@ def test_a_wrong_flag_is_one_sentence_and_status_2(world, tmp_path, flags, words
     with pytest.raises((model.UserError, SystemExit)) as error:
         run(world, tmp_path / "run", *flags.format(tmp=tmp_path).split())
     said = capsys.readouterr().err if error.type is SystemExit else str(error.value)
+    said = re.sub(r" \(make: [A-Z]+=\)", "", said)
     assert words in said and len(said) < 350 and (error.type is not SystemExit or error.value.code == 2)
     assert sorted(os.listdir(tmp_path)) == before  # nothing half-written
 
@@ -331,6 +333,41 @@ def test_a_used_folder_is_refused_and_half_written_files_are_removed(world, tmp_
     (out / "best.pt.part").write_bytes(b"half")
     (out / "log.jsonl").write_bytes(before["log.jsonl"] + b'{"step": 3, "lo')  # as a kill leaves them
     assert run(world, out, "--resume")[-1]["step"] == 10 and not list(out.glob("*.part"))
+
+
+def test_a_finished_run_is_left_as_it_is(world, tmp_path, monkeypatch, capsys):
+    flags = ["--steps", "5", "--eval_every", "5"]
+    with dying_after_checkpoint(monkeypatch, 5):
+        run(world, tmp_path / "a", *flags)
+    run(world, tmp_path / "a", *flags, "--resume")  # its last evaluation is missing: not finished
+    assert [r["step"] for r in read_log(tmp_path / "a") if "win_rate" in r] == [0, 5]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.name != "settings.json"}
+    capsys.readouterr()
+    run(world, tmp_path / "a", *flags, "--resume")
+    assert " ".join(capsys.readouterr().out.split()).endswith(
+        "a is finished at step 5: more --steps (make: STEPS=) train it longer")
+    assert before == {name: (tmp_path / "a" / name).read_bytes() for name in before}
+
+
+def test_a_missing_file_names_the_command_that_creates_it(world, tmp_path):
+    imported = shutil.copytree(world, tmp_path / "imported")
+    os.remove(imported / "ranked.npy")
+    for flags, words in (
+            (["--algo", "ranked"], r"imported/ranked.npy does not exist, and --algo ranked reads rows of n responses, "
+             r"best first, .*`make data MODEL=toy SOURCE=preferences.jsonl DATA=data/other`"),
+            (["--model", "stories15M", "--data", f"{tmp_path}/none"],
+             r"none/pairs.npy .*`make data MODEL=stories15M SOURCE=preferences.jsonl DATA=.*none`"),
+            (["--data", f"{tmp_path}/none"], r"none/pairs.npy .*`make data MODEL=toy DATA=.*none`")):
+        with pytest.raises(model.UserError, match=words):
+            spo.load_data(get_args(str(imported), tmp_path / "a", *flags), model.load(f"{world}/sft.pt").args)
+
+
+def test_the_training_table_fits_the_screen(monkeypatch):
+    heads = dict(zip(spo.COLUMNS, spo.COLUMNS))
+    for columns, missing in ((200, set()), (80, set()), (79, {"chosen"}), (60, {"chosen", "rejected", "grad_norm"})):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        row = spo.table_row(heads)
+        assert len(row) <= columns and set(spo.COLUMNS) - set(row.split()) == missing
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(world, tmp_path):
