@@ -210,9 +210,12 @@ def read_evaluations(out):
     return [record for record in read_log(out) if record.get("win_rate") is not None]
 
 
-def best_evaluation(out):
-    """The evaluation with the highest win rate of the run in folder out, the first of equal ones -> dict."""
-    evaluations = read_evaluations(out)
+def best_evaluation(out, max_kl=math.inf):
+    """
+    The evaluation with the highest win rate of the run in folder out, of those whose KL is at most max_kl; the first of
+    equal ones -> dict.
+    """
+    evaluations = [record for record in read_evaluations(out) if (record["kl"] or 0.0) <= max_kl]
     if not evaluations:
         raise UserError(f"{out}/log.jsonl has no evaluation with a win rate: train with a --judge.")
     return max(evaluations, key=lambda record: record["win_rate"])

@@ -2,12 +2,13 @@
 The paper's experiment on the toy world, and plots of any runs. Repeated after a stop, it trains what is missing.
 
     python -m extras.report                     # Table 1 and Figure 1, in out/report/toy
-    python -m extras.report --model toy-naive   # the same under the naive expert
+    python -m extras.report --model toy-naive   # the same under the naive expert; or stories260K, on real text
     python -m extras.report --ablations         # one setting of SPO changed at a time, in out/report/ablations
     python -m extras.report --compare           # SPO and DPO side by side, a few minutes, in out/compare
     python -m extras.report --plot out/A out/B --out plot.png
 """
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,25 +18,36 @@ import numpy as np
 
 from extras.judge import best_evaluation, read_evaluations, read_log
 from model import Parser, UserError, atomic_write, file_hash, run_main
+from spo import MODELS
 
-# Each method is tuned over four settings by its mean peak on two seeds; the best one runs on five other seeds. The
-# peak is the best evaluation of the first STEPS steps; that model is evaluated again on 1,000 fresh samples, since
-# the highest of several is biased upwards. Training then continues to OVERTRAIN times as many steps.
-STEPS, OVERTRAIN = 300, 5
-TUNE_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
-GRID = {
+# Each method is tuned over four settings by its mean peak on two seeds; the best one runs on other seeds. The peak is the
+# best evaluation of the first steps, with a KL within --max_kl; that model is evaluated again on 1,000 fresh samples,
+# since the highest of several is biased upwards. Training then continues to OVERTRAIN times as many steps.
+OVERTRAIN = 5
+TUNE_SEEDS = (100, 101)
+TOY_GRID = {
     "spo": [f"--algo spo --alpha {alpha} --beta 0.05 --num_rollouts 8 --lr {lr}"
             for alpha in (0.1, 0.3) for lr in ("4e-4", "6e-4")],
     "dpo": [f"--algo dpo --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in ("4e-4", "6e-4")],
     "ipo": [f"--algo ipo --beta {beta} --lr {lr}" for beta in (0.03, 0.1) for lr in ("4e-4", "6e-4")],
     "slic": [f"--algo slic --delta 10 --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in ("4e-4", "6e-4")],
 }
+REAL_GRID = {
+    "spo": [f"--algo spo --alpha 0.01 --beta {beta} --lr {lr}" for beta in (0.3, 0.5) for lr in ("5e-5", "1e-4")],
+    "dpo": [f"--algo dpo --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in ("5e-5", "1e-4")],
+    "ipo": [f"--algo ipo --beta {beta} --lr {lr}" for beta in (0.03, 0.1) for lr in ("5e-5", "1e-4")],
+    "slic": [f"--algo slic --delta 10 --beta {beta} --lr {lr}" for beta in (0.3, 1) for lr in ("5e-5", "1e-4")],
+}
+# Model -> steps, seeds, settings
+PROTOCOLS = {"toy": (300, (0, 1, 2, 3, 4), TOY_GRID), "toy-naive": (300, (0, 1, 2, 3, 4), TOY_GRID),
+             "stories260K": (60, (0, 1, 2), REAL_GRID)}
 SPO = "--algo spo --alpha 0.3 --beta 0.05 --num_rollouts 8 --lr 4e-4"  # Table 1's choice, which ablations change
 ABLATIONS = ["", "--beta 0", "--beta 0.01", "--beta 0.2", "--beta 1", "--beta 0.001 --alpha 0.01",
              "--beta 0.001 --alpha 0.1", "--beta 0.001 --alpha 1", "--algo dpo --beta 0.001 --lr 4e-4",
              "--gamma 0.03", "--gamma 0.1", "--gamma 0.3", "--gamma 1", "--rollout_every 1", "--rollout_every 32",
              "--num_rollouts 32", "--num_rollouts 128"]
-COLUMNS = {"step": 0, "win_rate": 3, "kl": 1, "entropy": 1, "length": 1}  # field of an evaluation -> digits
+# Field of an evaluation -> digits; the last two are the readability judge's
+COLUMNS = {"step": 0, "win_rate": 3, "kl": 1, "entropy": 1, "length": 1, "unknown_words": 3, "unseen_trigrams": 3}
 LINES = (("black", "-", "o"), ("C0", "--", "s"), ("C1", "-.", "^"), ("C4", ":", "D"))  # color, style, marker
 # For `make compare`, past their peaks: the README's first command, and the settings of SPO and DPO that fall least
 COMPARE = ("--algo spo --alpha 0.01", "--algo spo --alpha 0.3 --lr 4e-4", "--algo dpo --beta 0.3 --lr 4e-4")
@@ -69,7 +81,7 @@ def same_data(data, folder):
             raise UserError(f"the runs in {folder} are on other data than {data} holds now: move {folder} away.")
 
 
-def train_until(steps, flags, folder):
+def train_until(steps, flags, folder, max_kl=math.inf):
     """Trains to so many steps, resuming a run that was stopped or is shorter -> the run's own folder."""
     out = f"{folder}/{'-'.join(flags.replace('--', '').split()[1:])}"
     argv = ["spo.py", *flags.split(), "--steps", str(steps), "--out", out]
@@ -77,7 +89,7 @@ def train_until(steps, flags, folder):
         run_program(*argv)
     elif max((r["step"] for r in read_evaluations(out)), default=-1) < steps:
         run_program(*argv, "--resume")
-    best = best_evaluation(out)
+    best = best_evaluation(out, max_kl)
     print(f"peak {best['win_rate']:.3f} at step {best['step']}: {os.path.basename(out)}", flush=True)
     return out
 
@@ -85,29 +97,31 @@ def train_until(steps, flags, folder):
 def report(model, folder):
     """Makes in `folder` every run, table.md and figure1.png."""
     same_data(f"data/{model}", folder)
+    steps, seeds, grid = PROTOCOLS[model]
+    max_kl = MODELS[model]["max_kl"]
 
     def tune(flags):
-        runs = [train_until(STEPS, f"{flags} --model {model} --seed {seed}", folder) for seed in TUNE_SEEDS]
-        return np.mean([best_evaluation(out)["win_rate"] for out in runs])
+        runs = [train_until(steps, f"{flags} --model {model} --seed {seed}", folder, max_kl) for seed in TUNE_SEEDS]
+        return np.mean([best_evaluation(out, max_kl)["win_rate"] for out in runs])
 
     def run(flags):
-        out = train_until(STEPS, flags, folder)
+        out = train_until(steps, flags, folder, max_kl)
         if not os.path.exists(f"{out}/peak.json"):  # now, before best.pt is a later model
             run_program("-m", "extras.judge", f"{out}/best.pt", *flags.split())
             with open(f"{out}/evaluations.jsonl") as f:
-                peak = json.loads(f.readlines()[-1]) | {"step": best_evaluation(out)["step"]}
+                peak = json.loads(f.readlines()[-1]) | {"step": best_evaluation(out, max_kl)["step"]}
             write_text(f"{out}/peak.json", json.dumps(peak, indent=1))
-        train_until(OVERTRAIN * STEPS, flags, folder)
+        train_until(OVERTRAIN * steps, flags, folder, max_kl)
         with open(f"{out}/peak.json") as f:
             return json.load(f), read_evaluations(out)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        means = {algo: pool.map(tune, grid) for algo, grid in GRID.items()}         # map starts them all
-        tuned = {algo: grid[np.argmax(list(means[algo]))] for algo, grid in GRID.items()}
-        chosen = [f"{flags} --model {model} --seed {seed}" for flags in tuned.values() for seed in SEEDS]
+        means = {algo: pool.map(tune, settings) for algo, settings in grid.items()}     # map starts them all
+        tuned = {algo: settings[np.argmax(list(means[algo]))] for algo, settings in grid.items()}
+        chosen = [f"{flags} --model {model} --seed {seed}" for flags in tuned.values() for seed in seeds]
         results = list(pool.map(run, chosen))
-    runs = {algo: results[i * len(SEEDS):(i + 1) * len(SEEDS)] for i, algo in enumerate(tuned)}
-    write_text(f"{folder}/table.md", table(runs, tuned) + "\n" + winrate_by_kl(runs))
+    runs = {algo: results[i * len(seeds):(i + 1) * len(seeds)] for i, algo in enumerate(tuned)}
+    write_text(f"{folder}/table.md", table(runs, tuned, steps) + "\n" + winrate_by_kl(runs))
     figure(runs, f"{folder}/figure1.png")
     print(f"{folder}/table.md and figure1.png are written")
 
@@ -115,14 +129,15 @@ def report(model, folder):
 def ablations(folder):
     """Makes in `folder` the runs of ABLATIONS, on one seed, and table.md."""
     same_data("data/toy", folder)
-    rows = [["changed", "evaluation", *COLUMNS, "ms per step"]]
+    columns = ("step", "win_rate", "kl", "entropy", "length")
+    rows = [["changed", "evaluation", *columns, "ms per step"]]
     all_flags = [change if change.startswith("--algo") else f"{SPO} {change}" for change in ABLATIONS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        folders = list(pool.map(lambda flags: train_until(STEPS, flags, folder), all_flags))
+        folders = list(pool.map(lambda flags: train_until(PROTOCOLS["toy"][0], flags, folder), all_flags))
     for change, out in zip(ABLATIONS, folders):
         ms = np.median([r["ms"] for r in read_log(out) if "loss" in r])
         for name, r in (("peak", best_evaluation(out)), ("last", read_evaluations(out)[-1])):
-            cells = [f"{r[column]:.{digits}f}" for column, digits in COLUMNS.items()]
+            cells = [f"{r[column]:.{COLUMNS[column]}f}" for column in columns]
             rows.append([f"`{change or SPO}`", name, *cells, f"{ms:.0f}"])
     write_text(f"{folder}/table.md", markdown(rows))
     print(f"{folder}/table.md is written")
@@ -158,22 +173,23 @@ def mean_se(values, digits):
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
 
 
-def table(runs, tuned):
+def table(runs, tuned, steps):
     """Table 1: means and standard errors over the seeds; leads are paired by seed. tuned: method -> flags."""
-    names = ["peak", f"step {STEPS}", f"{OVERTRAIN}x the peak's step", f"step {OVERTRAIN * STEPS}"]
-    rows = [["method", "evaluation", *COLUMNS, "SPO's lead"]]
+    names = ["peak", f"step {steps}", f"{OVERTRAIN}x the peak's step", f"step {OVERTRAIN * steps}"]
+    columns = {name: digits for name, digits in COLUMNS.items() if name in runs["spo"][0][0]}
+    rows = [["method", "evaluation", *columns, "SPO's lead"]]
     for i, name in enumerate(names):
         for algo, seeds in runs.items():                                            # "spo" comes first
             records = []
             for peak, evaluations in seeds:
                 at = {r["step"]: r for r in evaluations}
-                records.append((peak, at[STEPS], at[OVERTRAIN * peak["step"]], at[OVERTRAIN * STEPS])[i])
+                records.append((peak, at[steps], at[OVERTRAIN * peak["step"]], at[OVERTRAIN * steps])[i])
             win_rate = np.array([r["win_rate"] for r in records])
             if algo == "spo":
                 spo, lead = win_rate, ""
             else:
                 lead = mean_se(spo - win_rate, 3)
-            cells = [mean_se([r[column] for r in records], digits) for column, digits in COLUMNS.items()]
+            cells = [mean_se([r[column] for r in records], digits) for column, digits in columns.items()]
             rows.append([f"`{tuned[algo].removeprefix('--algo ')}`", name, *cells, lead])
     return markdown(rows)
 
@@ -226,7 +242,7 @@ def figure(runs, path):
 def main(argv=None):
     p = Parser(description="Table 1 and Figure 1, ablations, or plots.")
     which = p.add_mutually_exclusive_group()
-    which.add_argument("--model", choices=("toy", "toy-naive"), default="toy", help="whose expert judges Table 1")
+    which.add_argument("--model", choices=PROTOCOLS, default="toy", help="whose data and judge Table 1 is of")
     which.add_argument("--ablations", action="store_true", help="change one setting of SPO at a time")
     which.add_argument("--compare", action="store_true", help="two SPO runs and DPO, past their peaks")
     which.add_argument("--plot", nargs="+", metavar="RUN", help="plot the evaluations of these runs' folders")

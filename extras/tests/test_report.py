@@ -32,7 +32,7 @@ def cells(table):
 
 
 def test_table():
-    heads, *rows = cells(report.table(made_up_runs(), {"spo": "--algo spo --alpha 1", "dpo": "--algo dpo"}))
+    heads, *rows = cells(report.table(made_up_runs(), {"spo": "--algo spo --alpha 1", "dpo": "--algo dpo"}, 300))
     spo, dpo = rows[::2], rows[1::2]
     assert dict(zip(heads, spo[0])) == {
         "method": "`spo --alpha 1`", "evaluation": "peak", "step": "150 ± 50", "win_rate": "0.850 ± 0.050",
@@ -48,6 +48,12 @@ def test_winrate_by_kl_counts_every_evaluation():
     heads, row = cells(report.winrate_by_kl({"spo": [(None, log)]}))
     assert heads[:3] + heads[-2:] == ["kl", "below 1", "1 to 2", "15 to 25", "25 and more"]
     assert row[1:] == ["0.100 (3)", "0.300 (1)", "0.400 (1)", "0.500 (1)", *"---", "0.600 (1)", "0.800 (3)"]
+
+
+def test_no_seed_is_tuned_on_and_reported():
+    for steps, seeds, grid in report.PROTOCOLS.values():
+        assert not set(report.TUNE_SEEDS) & set(seeds) and [len(settings) for settings in grid.values()] == [4] * 4
+        assert {algo: {flags.split()[1] for flags in grid[algo]} for algo in grid} == {algo: {algo} for algo in grid}
 
 
 @pytest.fixture
@@ -72,13 +78,13 @@ def calls(monkeypatch, tmp_path):
     for name in ("sft.pt", "pairs.npy", "ref.npy"):
         (tmp_path / "data/toy" / name).write_text(name)
     monkeypatch.chdir(tmp_path)
-    for name, x in dict(run_program=fake_program, figure=lambda *_: None, STEPS=4, OVERTRAIN=2, GRID=grid).items():
+    for name, x in dict(run_program=fake_program, figure=lambda *_: None, OVERTRAIN=2,
+                        PROTOCOLS={"toy": (4, (0, 1, 2, 3, 4), grid)}).items():
         monkeypatch.setattr(report, name, x)
     return calls
 
 
 def test_report_tunes_on_other_seeds_and_runs_nothing_twice(calls):
-    assert not set(report.TUNE_SEEDS) & set(report.SEEDS)
     report.report("toy", "r")
     table = open("r/table.md", encoding="utf-8").read()
     assert cells(table)[1][:4] == ["`spo --alpha 0.9`", "peak", "2 ± 0", "0.500 ± 0.000"]
