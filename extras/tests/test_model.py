@@ -219,8 +219,8 @@ def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch)
 
 def test_progress_is_shown_where_it_takes_long(monkeypatch, capsys):
     def tokens():
-        y = spo.sample(tiny(20), 600, 4, spo.rng(0))                                # 256 at a time
-        spo.dataset_logp(tiny(20), y[:9, None].numpy().astype("uint16"), torch.arange(9).split(3), 8)
+        y = spo.sample(tiny(20), spo.no_prompts(600), 4, spo.rng(0))                # 256 at a time
+        spo.dataset_logp(tiny(20), spo.Responses(y[:9, None].numpy()), torch.arange(9).split(3), 8)
         return capsys.readouterr().out.splitlines()
 
     assert tokens() == []
