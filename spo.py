@@ -730,18 +730,25 @@ def get_args(argv=None):
 
 
 def stop_on_signal():
-    """An Event that the first Ctrl-C or SIGTERM sets, so that train finishes its step; a second one ends at once."""
+    """An Event that the first Ctrl-C, SIGTERM or SIGHUP sets, so that train finishes its step; a second one ends."""
     import signal
-    stop = threading.Event()
+    stop, on_terminal = threading.Event(), os.isatty(1)
+    # Those that are ignored stay so: nohup ignores SIGHUP
+    signals = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+               if signal.getsignal(number) != signal.SIG_IGN]
 
     def handler(number, frame):
         stop.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for other in signals:
+            signal.signal(other, signal.SIG_DFL)
+        if number == signal.SIGHUP and on_terminal:  # it is closed, and printing to it would fail
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
         os.write(1, b"finishing this step or evaluation; Ctrl-C again stops now\n")  # print is not safe here
 
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+    for number in signals:
+        signal.signal(number, handler)
     return stop
 
 

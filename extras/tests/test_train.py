@@ -412,6 +412,26 @@ def test_the_first_signal_finishes_the_step_and_saves(world, tmp_path, number, o
     assert log[-1]["step"] == step + 1
 
 
+def test_a_closed_terminal_saves_too(world, tmp_path):
+    ours, theirs = os.openpty()
+    argv = [*SHORT, "--data", world, "--out", str(tmp_path / "a"), "--judge", "none", "--steps", "100000"]
+    program = subprocess.Popen([sys.executable, "spo.py", *argv], cwd=ROOT, stdout=theirs, stderr=theirs,
+                               stdin=theirs, env=ONE_THREAD, start_new_session=True)
+    os.close(theirs)
+    shown = b""
+    while b"     3" not in shown:
+        shown += os.read(ours, 1000)
+    program.send_signal(signal.SIGHUP)
+    os.close(ours)
+    assert program.wait(timeout=60) == 130 and torch.load(tmp_path / "a/ckpt.pt")["step"] >= 3
+    nohup = subprocess.Popen(["nohup", sys.executable, "spo.py", *argv[:-1], "20", "--out", str(tmp_path / "b")],
+                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ONE_THREAD)
+    next(line for line in nohup.stdout if line.startswith("     3"))
+    nohup.send_signal(signal.SIGHUP)
+    nohup.communicate(timeout=60)
+    assert nohup.returncode == 0 and torch.load(tmp_path / "b/ckpt.pt")["step"] == 20
+
+
 def test_the_second_signal_ends_at_once(world, tmp_path):
     program = start_program(world, tmp_path / "a", "--num_eval_samples", "100000")
     next(line for line in program.stdout if line.startswith("  step"))  # an evaluation of minutes begins
