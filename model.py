@@ -21,6 +21,7 @@ import sys
 import textwrap
 import time
 import warnings
+import zipfile
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -271,6 +272,10 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path} is not a file: create it with `make data MODEL=...` or `make train`, "
                         "or name another file.")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it is compressed, as torch.save never does")
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # a damaged file can fail in any of the unpickler's ways
@@ -288,7 +293,10 @@ def build_model(checkpoint, path):
     """The Transformer in a checkpoint read from path, checked: what this model cannot express is refused."""
     try:
         args = ModelArgs(**checkpoint["model_args"])
-        weights = {name.removeprefix("_orig_mod."): w.float() for name, w in checkpoint["model"].items()}
+        weights = checkpoint["model"]
+        if 4 * sum(w.numel() for w in weights.values()) > 8 * os.path.getsize(path):  # float16, and tied: 4 times
+            raise ValueError("they are compressed, or repeat a few bytes")
+        weights = {name.removeprefix("_orig_mod."): w.float() for name, w in weights.items()}
         if not all(w.isfinite().all() for w in weights.values()):
             raise ValueError("some are not finite")
         embedding = weights["tok_embeddings.weight"]

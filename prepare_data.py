@@ -4,6 +4,7 @@ Creates a data folder, data/<model>, for spo.py:
     python prepare_data.py toy                               # the toy world: no download, about a minute
     python prepare_data.py stories15M                        # a published checkpoint and its tokenizer
     python prepare_data.py stories15M --source pairs.jsonl   # and your preferences; or --source made, or released
+    python prepare_data.py mine --init model.pt --tokenizer t.model    # any checkpoint of llama2.c, .pt or .bin
     python prepare_data.py tokenizer                         # the toy world's tokenizer.model
 
 Settings you do not give keep their earlier values, which are in the folder's settings.json. A run that was interrupted
@@ -16,6 +17,8 @@ import io
 import math
 import os
 import random
+import re
+import shutil
 
 import numpy as np
 import torch
@@ -27,11 +30,11 @@ from extras.judge import check_num_ref
 from extras.llm_judge import ask_test_question
 from extras.make_pairs import make_pairs
 from extras.preferences import encode_rows, read_preferences
-from extras.reward_model import fit_reward_model
+from extras.reward_model import fit_reward_model, heldout_accuracy
 from model import (BOS, ModelArgs, Parser, Transformer, UserError, atomic_write, file_hash, load, load_tokenizer,
                    run_main, save, wrap)
-from spo import (BATCH, MODELS, PROMPT_LENGTH, Responses, batch_indices, dataset_logp, micro_batches, no_prompts, rng,
-                 sample, seq_logp)
+from spo import (BATCH, PROMPT_LENGTH, Responses, batch_indices, dataset_logp, micro_batches, model_defaults,
+                 no_prompts, rng, sample, seq_logp)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAIRS, RANKED, REF, HELDOUT, MADE = range(100, 105)  # purposes of spo.rng: what is sampled for
@@ -152,7 +155,7 @@ def prepare_toy(folder, tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Published checkpoints
+# Checkpoints: published ones, and the user's
 
 TINYLLAMAS = "karpathy/tinyllamas/resolve"
 LLAMA2_TOKENIZER = ("LLAMA2C_ENDPOINT", "karpathy/llama2.c/350e04fe35433e6d2941dce5a1f53308f87058eb/tokenizer.model",
@@ -179,6 +182,33 @@ def download_checkpoint(folder):
         if not folder.has(name):
             with folder.new_file(name) as new_path:
                 download_verified(full_url(endpoint, path), size, sha256, new_path)
+
+
+def check_checkpoint(folder, init, tokenizer_path):
+    """Refuses a checkpoint or a tokenizer that cannot be used, or that the folder was not made from."""
+    if folder.files and "init" not in folder.inputs:
+        folder.refuse("was made without --init")
+    sft = load(init)
+    check_length(folder.settings, sft.args.max_seq_len)
+    tokenizer = load_tokenizer(tokenizer_path, sft.args.vocab_size)
+    if tokenizer.bos_id() != BOS or tokenizer.vocab_size() > 1 << 16:
+        raise UserError(f"{tokenizer_path} has {tokenizer.vocab_size()} tokens and BOS {tokenizer.bos_id()}: this "
+                        f"program needs BOS {BOS}, as llama2.c has it, and at most {1 << 16} tokens.")
+    folder.check_input("init", file_hash(init))
+    folder.check_input("tokenizer", file_hash(tokenizer_path))
+
+
+def copy_checkpoint(folder, init, tokenizer_path):
+    """The user's checkpoint as sft.pt, converted if it is a .bin, and its tokenizer."""
+    if not folder.has("sft.pt"):
+        with folder.new_file("sft.pt") as path:
+            if init.endswith(".bin"):
+                save(load(init), path)
+            else:
+                shutil.copyfile(init, path)
+    if not folder.has("tokenizer.model"):
+        with folder.new_file("tokenizer.model") as path:
+            shutil.copyfile(tokenizer_path, path)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -292,28 +322,44 @@ def save_preferences(folder, name, rows, unk_id):
 
 
 def save_reward_model(folder):
-    """A reward model fitted to pairs.npy, with the learning rate of the model's training."""
-    settings, defaults = folder.settings, MODELS[folder.settings["model"]]
+    """
+    A reward model fitted to pairs.npy as reward.pt, if it is better than chance. One half of the held-out pairs says
+    which step of the fit to take, the other half, whose accuracy is therefore unbiased, how good it is.
+    """
+    settings = folder.settings
     pairs, heldout_pairs = (np.load(f"{folder.path}/{name}") for name in PAIR_FILES)
-    with folder.new_file("reward.pt") as path:
-        save(fit_reward_model(f"{folder.path}/sft.pt", pairs, heldout_pairs, settings["reward_steps"], defaults["lr"],
-                              defaults["micro_batch_size"], settings["seed"], DEVICE), path)
+    selection, test = heldout_pairs[::2], heldout_pairs[1::2]
+    reason = f"only {len(heldout_pairs)} held-out pairs, and a test takes 10"
+    if len(test) >= 5:
+        micro_batch_size = model_defaults(settings["model"])["micro_batch_size"]
+        model = fit_reward_model(f"{folder.path}/sft.pt", pairs, selection, settings["reward_steps"], micro_batch_size,
+                                 settings["seed"], DEVICE)
+        accuracy = heldout_accuracy(model, test, micro_batch_size, DEVICE)
+        lowest = 0.5 + len(test) ** -0.5  # above chance by two standard errors of a fair coin
+        if accuracy > lowest:
+            with folder.new_file("reward.pt") as path:
+                return save(model, path)
+        reason = f"accuracy {accuracy:.3f} on {len(test)} held-out pairs is not above {lowest:.3f}"
+    settings["no_reward_model"] = reason  # so that it is not fitted again, and the judge can say why there is none
+    print(f"no reward model: {reason}")
 
 
 # ---------------------------------------------------------------------------------------------------
 # Command line
 
+KNOWN = (*toyworld.TASTES, *PUBLISHED)
 LOWEST = dict(seed=0, num_stories=32, sft_steps=1, num_pairs=2, num_ref=2, max_new_tokens=1, reward_steps=0)
+MOST = 10_000_000  # of what is counted: settings that end in a full memory would be kept in settings.json
 
 
 def get_args(argv=None):
     """The command line; a flag that is not given is None."""
     p = Parser(description="Create a data folder for spo.py. Settings you do not give keep their earlier values, and "
                "an interrupted run continues when it is started again.")
-    models = (*toyworld.TASTES, *PUBLISHED, "tokenizer")
-    p.add_argument("model", choices=models, metavar="model", help=", ".join(models))
+    p.add_argument("model", help=f"{', '.join(KNOWN)}, tokenizer, or with --init any name")
     p.add_argument("--data", help="the folder (default: data/<model>)")
-    p.add_argument("--tokenizer", help="the toy world's (default: tokenizer.model)")
+    p.add_argument("--init", help="a checkpoint of your own in llama2.c's format, .pt or version-0 .bin")
+    p.add_argument("--tokenizer", help="that of --init, or the toy world's (default: tokenizer.model)")
     p.add_argument("--source", help="of preferences: made, released, or a file or folder of them (docs/data.md) "
                    "(default: toy, the toy world's own; for a published model none)")
     p.add_argument("--judge", choices=(*toyworld.TASTES, "readability", "llm"),
@@ -334,14 +380,22 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     for name, lowest in LOWEST.items():
         value = getattr(args, name)
-        if value is not None and value < lowest:
-            raise UserError(f"--{name} is {value}, but must be at least {lowest}.")
+        highest = 2 ** 63 - 1 if name == "seed" else MOST
+        if value is not None and not lowest <= value <= highest:
+            raise UserError(f"--{name} is {value}, but must be from {lowest} to {highest}.")
+    if not re.fullmatch(r"\w[\w.-]*", args.model, re.ASCII):
+        raise UserError(f"{args.model} is not a name: give one of letters, digits, _, - and .")
+    if args.init is not None and (args.model in toyworld.TASTES or args.tokenizer is None):
+        raise UserError("--init needs --tokenizer, that of the checkpoint, and a name that is not the toy world's.")
     return args
 
 
 def get_settings(args, folder):
     """Fills in folder.settings: the flags given, else the folder's earlier values, else these defaults."""
     toy = args.model in toyworld.TASTES
+    if args.model not in KNOWN and args.init is None and "init" not in folder.inputs:
+        raise UserError(f"{args.model} is none of {', '.join(KNOWN)}: for a checkpoint of your own give --init and "
+                        "--tokenizer.")
     source = args.source or folder.settings.get("source") or ("toy" if toy else None)
     defaults = dict(model=args.model, source=source)
     if toy:
@@ -350,7 +404,7 @@ def get_settings(args, folder):
         defaults.update(prompted=False)
     if source is not None:
         defaults.update(seed=0, num_ref=2000, reward_steps=None if toy else 1000,
-                        max_new_tokens=MODELS[args.model]["max_new_tokens"])
+                        max_new_tokens=model_defaults(args.model)["max_new_tokens"])
     if source not in (None, "toy", "made"):
         defaults.update(drop_long=False)
     if source in ("toy", "made"):
@@ -359,7 +413,7 @@ def get_settings(args, folder):
         defaults.update(judge=args.model if toy else "llm")
         if "readability" in (args.judge, folder.settings.get("judge")):
             defaults.update(num_ref=12_000)
-    elsewhere = ("data", "tokenizer") if toy else ("data",)  # not settings of the folder
+    elsewhere = ("data", "init", "tokenizer") if toy or args.init else ("data",)  # not settings of the folder
     given = {name: value for name, value in vars(args).items() if value is not None and name not in elsewhere}
     for name in given:
         if name not in defaults:
@@ -372,15 +426,17 @@ def check_length(settings, max_seq_len):
         raise UserError(f"--max_new_tokens is {settings['max_new_tokens']}, but the model reads {max_seq_len}.")
 
 
-def prepare(folder, tokenizer_path):
-    """Makes the files that folder lacks."""
+def prepare(folder, init, tokenizer_path):
+    """Makes the files that folder lacks. init: the user's checkpoint, or None."""
     settings, source, model = folder.settings, folder.settings["source"], folder.settings["model"]
     # First all that can be wrong with what the user gave, before any work
-    names, published = TOY_FILES, {}
-    if model in PUBLISHED:
-        names = CHECKPOINT_FILES
+    toy, published = model in toyworld.TASTES, {}
+    names = TOY_FILES if toy else CHECKPOINT_FILES
+    if init is not None:
+        check_checkpoint(folder, init, tokenizer_path)
+    elif not toy and "init" not in folder.inputs:
         published = {name: sha256 for name, (*_, sha256) in zip(names, PUBLISHED[model])}
-    else:
+    if toy:
         tokenizer = load_tokenizer(tokenizer_path, toyworld.MODEL_ARGS["vocab_size"])
         folder.check_input("tokenizer", file_hash(tokenizer_path))
         folder.check_input("extras/toyworld.py", file_hash(toyworld.__file__))
@@ -391,16 +447,21 @@ def prepare(folder, tokenizer_path):
         ask_test_question(2 * settings["num_pairs"])
     if make_pairs_now and settings["judge"] == "readability":
         check_num_ref(settings["num_ref"], f"{folder.path}/ref.npy")
+    if "init" in folder.inputs and init is None and not folder.has(*names):
+        raise UserError(f"{folder.path} lacks {' or '.join(names)}: give --init and --tokenizer again.")
     preferences = read_preferences(folder)
 
-    if model in PUBLISHED:
-        download_checkpoint(folder)
+    if not toy:
+        if init is not None:
+            copy_checkpoint(folder, init, tokenizer_path)
+        elif published:
+            download_checkpoint(folder)
         sft = load(f"{folder.path}/sft.pt")
         check_length(settings, sft.args.max_seq_len)
         tokenizer = load_tokenizer(f"{folder.path}/tokenizer.model", sft.args.vocab_size)
     for name, rows in preferences.items():
         save_preferences(folder, name, encode_rows(tokenizer, rows), tokenizer.unk_id())
-    if model in toyworld.TASTES:
+    if toy:
         if preferences:
             print(wrap("evaluations are still judged by the toy world's expert; a reward model of your preferences "
                        "judges with --reward_steps 1000 here and --judge reward in training"))
@@ -417,7 +478,7 @@ def prepare(folder, tokenizer_path):
             folder.save_tokens("made.npy", sample_rows(folder, no_prompts(settings["num_pairs"]), 2, MADE))
         made = [([], responses) for responses in make_pairs(folder, tokenizer)]  # samples begin without a prompt
         save_preferences(folder, "pairs", made, tokenizer.unk_id())
-    if settings.get("reward_steps") and not folder.has("reward.pt"):
+    if settings.get("reward_steps") and not folder.has("reward.pt") and "no_reward_model" not in settings:
         save_reward_model(folder)
     folder.save()
 
@@ -430,7 +491,7 @@ def main(argv=None):
         return train_tokenizer(args.tokenizer or "tokenizer.model")
     with open_folder(args.data or f"data/{args.model}") as folder:
         get_settings(args, folder)
-        prepare(folder, args.tokenizer or "tokenizer.model")
+        prepare(folder, args.init, args.tokenizer or "tokenizer.model")
     print(f"{folder.path} is ready")
 
 

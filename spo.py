@@ -481,18 +481,46 @@ def require_file(args, name, use):
         return
     command = f"make data MODEL={args.model}"
     without_rows = name in ("best.npy", "ranked.npy") and os.path.exists(f"{args.data}/pairs.npy")
-    if without_rows or "toy" not in args.model:
+    if without_rows or args.model not in ("toy", "toy-naive"):
         command += " SOURCE=preferences.jsonl"
     if without_rows:
         command += " DATA=data/other"  # a folder keeps its source
     elif args.data != f"data/{args.model}":
         command += f" DATA={args.data}"
     raise UserError(f"{args.data}/{name} does not exist, and {use}: create it with `{command}`, see docs/data.md.")
+
+
 def hash_files(args, *names):
     """Records which of these files of args.data the run reads, to be compared when it is resumed."""
     for name in names:
         if os.path.exists(f"{args.data}/{name}"):
             args.hashes[name] = file_hash(f"{args.data}/{name}")
+
+
+def check_length(args, model_args):
+    if args.max_new_tokens > model_args.max_seq_len:
+        raise UserError(f"--max_new_tokens is {args.max_new_tokens}, but the model reads {model_args.max_seq_len}.")
+
+
+def recorded_hashes(args):
+    """
+    name -> sha256 of what the data folder was made from and of its files, as prepare_data.py recorded them; {} where
+    it did not make the folder. Refuses another tokenizer than that of the folder's tokens.
+    """
+    path = f"{args.data}/settings.json"
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path) as f:
+            content = json.load(f)
+        recorded = {**content["inputs"], **content["files"]}
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{path} is damaged, or of another program or version: name another --data.") from None
+    tokenizer = recorded.get("tokenizer.model", recorded.get("tokenizer"))
+    if tokenizer and os.path.exists(args.tokenizer) and file_hash(args.tokenizer) != tokenizer:
+        raise UserError(f"{args.tokenizer} is not the tokenizer that {args.data} was made with: name that one with "
+                        "--tokenizer.")
+    return recorded
 
 
 def load_data(args, model_args):
@@ -502,10 +530,14 @@ def load_data(args, model_args):
     data = load_responses(f"{args.data}/{name}", model_args, args.batch_size, 2 if name == "pairs.npy" else None)
     args.hashes["init"] = file_hash(args.init)
     hash_files(args, name, name.replace(".npy", PROMPT_LENGTH))
-    if args.max_new_tokens > model_args.max_seq_len:
-        raise UserError(f"--max_new_tokens is {args.max_new_tokens}, but the model reads {model_args.max_seq_len}.")
+    recorded = recorded_hashes(args)  # which refuses another tokenizer, for every algorithm
+    check_length(args, model_args)
     if args.algo != "slic":
         return data, None
+    if recorded.get("sft.pt", args.hashes["init"]) != args.hashes["init"]:
+        raise UserError(f"{args.data}/ref.npy, which slic learns from, has samples of another model than {args.init}: "
+                        f"create a folder for it with `python prepare_data.py NAME --init {args.init} --tokenizer "
+                        f"{args.tokenizer} --source PAIRS`.")
     hash_files(args, "ref.npy", f"ref{PROMPT_LENGTH}")
     return data, load_responses(f"{args.data}/ref.npy", model_args, args.batch_size, 1)
 
@@ -665,12 +697,17 @@ AT_LEAST_1 = ("num_rollouts", "rollout_every", "batch_size", "micro_batch_size",
               "eval_every", "num_eval_samples", "log_every")
 
 
+def model_defaults(model):
+    """The settings in MODELS; any other model, of the user's own, has those of stories260K."""
+    return MODELS.get(model, MODELS["stories260K"])
+
+
 def get_args(argv=None):
     """The command line, checked; its defaults depend on --algo and --model."""
     first = Parser(add_help=False)
     first.add_argument("--algo", choices=ALGOS, default="spo", help="the preference loss")
-    first.add_argument("--model", choices=MODELS, default="toy", metavar="MODEL",
-                       help=f"whose defaults, and which folder under data/: {', '.join(MODELS)}")
+    first.add_argument("--model", default="toy", help="which folder under data/, and whose defaults: "
+                       f"{', '.join(MODELS)}, or a name given with --init to prepare_data.py")
     chosen, _ = first.parse_known_args(argv)
     algo, model = chosen.algo, chosen.model
     p = Parser(
@@ -699,7 +736,8 @@ def get_args(argv=None):
     g = p.add_argument_group("run")
     g.add_argument("--data", default=f"data/{model}", help="folder of sft.pt and the token files")
     g.add_argument("--init", default="<data>/sft.pt", help="the model to start from, and the reference")
-    g.add_argument("--tokenizer", default="tokenizer.model" if "toy" in model else "<data>/tokenizer.model",
+    g.add_argument("--tokenizer",
+                   default="tokenizer.model" if model in ("toy", "toy-naive") else "<data>/tokenizer.model",
                    help="the model's own sentencepiece model, with which the judge reads samples")
     g.add_argument("--out", default="out/<data>-<algo>-<settings>-seed<seed>", help="the run's folder")
     g.add_argument("--seed", type=int, default=0, help="of batches, rollouts and evaluations")
@@ -707,11 +745,13 @@ def get_args(argv=None):
     g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
     g.add_argument("--fast_sampling", action="store_true", help="compiled sampling (extras/fast_generate.py)")
     g.add_argument("--resume", action="store_true", help="continue from <out>/ckpt.pt")
-    defaults = dict(MODELS[model])
+    defaults = dict(model_defaults(model))
     if "num_rollouts" not in ALGOS[algo]:
         defaults.pop("num_rollouts", None)  # a model's default for a flag that this algorithm does not have
     p.set_defaults(**defaults)
     args = p.parse_args(argv)
+    if model not in MODELS and not os.path.isdir(args.data):
+        p.error(f"--model is {model}, none of {', '.join(MODELS)}, and there is no folder {args.data}")
     for name, x in vars(args).items():
         low = 1 if name in AT_LEAST_1 else 0
         if isinstance(x, (int, float)) and not low <= x < math.inf:

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from model import UserError, atomic_write, file_hash
+from model import UserError, atomic_write, file_hash, load_checkpoint
 
 
 @contextlib.contextmanager
@@ -68,14 +68,34 @@ class DataFolder:
             self.refuse(f"was made from another {name} (its sha256 differs)")
 
     def check_files(self, names, published):
-        """Refuses files that are not ours or were changed. published: name -> sha256 of what the user may download."""
+        """
+        Refuses files that are not ours or were changed. published: name -> sha256 of what the user may download. A file
+        that was ours and is damaged is moved aside, to be made again.
+        """
         for name in filter(self.has, {*names, *self.files}):
             digest = file_hash(f"{self.path}/{name}")
             if digest == published.get(name):
                 self.files[name] = digest
-            if digest != self.files.get(name):
+            aside = f"{self.path}/{name}.damaged"
+            if digest == self.files.get(name):
+                continue
+            if name in self.files and self.is_damaged(name) and not os.path.exists(aside):
+                print(f"{self.path}/{name} is damaged: moved to {aside}, and made again")
+                os.rename(f"{self.path}/{name}", aside)
+            else:
                 raise UserError(f"{self.path}/{name} was not written by prepare_data.py, or was changed since: "
                                 "move or delete it, or name another --data.")
+
+    def is_damaged(self, name):
+        """Whether a token file or a checkpoint cannot be read, as one that was cut short."""
+        try:
+            if name.endswith(".npy"):
+                np.load(f"{self.path}/{name}")
+            if name.endswith(".pt"):
+                load_checkpoint(f"{self.path}/{name}")
+        except Exception:  # a damaged file can fail in any way
+            return True
+        return False
 
     @contextlib.contextmanager
     def new_file(self, name):

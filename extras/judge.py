@@ -11,6 +11,7 @@ import torch
 
 import spo
 from extras import toyworld
+from extras.data_folder import DataFolder
 from extras.fast_generate import fast_generate
 from extras.llm_judge import ask_test_question, get_endpoint, judge_pairs, llm_win_rate
 from extras.readability import Readability
@@ -81,6 +82,10 @@ def make_judge(args, tokenizer, y_ref, paired=False):
     path = f"{args.data}/reward.pt"
     if args.judge == "reward":
         if not os.path.exists(path):
+            reason = DataFolder(args.data).settings.get("no_reward_model")
+            if reason is not None:
+                raise UserError(f"{path} does not exist, for no reward model was found better than chance "
+                                f"({reason}): give more preferences, in another folder, or another --judge.")
             raise UserError(f"{path} does not exist: create it with `make data MODEL={args.model} "
                             "ARGS='--reward_steps 1000'`, or name another --judge.")
         args.hashes["reward.pt"] = file_hash(path)
@@ -157,30 +162,39 @@ def wrap(label, text):
     return wrap_text(f"{label}: {printable}", " " * (len(label) + 2)) + "\n"
 
 
+def reference_samples(args, model, prompts):
+    """
+    Samples of the reference, the model in args.init, that win rates during training compare with -> (M, T): with
+    prompts one for each; else ref.npy, or new ones where its samples are another model's. What is read is hashed.
+    """
+    if prompts.shape[1] > 1:
+        spo.hash_files(args, "heldout_pairs.npy", f"heldout_pairs{spo.PROMPT_LENGTH}")
+        return sample(args, model, prompts, EVAL_REF)
+    init = file_hash(args.init)
+    if spo.recorded_hashes(args).get("sft.pt", init) != init:
+        return sample(args, model, spo.no_prompts(NUM_REF), EVAL_REF)
+    spo.hash_files(args, "ref.npy")
+    tokens = spo.load_responses(f"{args.data}/ref.npy", model.args, 2, 1).tokens[:NUM_REF, 0]
+    return spo.trim_padding(torch.from_numpy(tokens.astype("int64")).to(args.device))
+
+
 def make_evaluate(args):
     """
     The function evaluate(policy, ref, step) -> dict that spo.train calls. It prints a sample, and after the last step
     three beside the reference's, also to samples.txt. The files it reads are added to args.hashes.
     """
-    path = f"{args.data}/ref.npy"
     spo.require_file(args, "ref.npy", "--judge compares with these samples of the reference")
     reference = load(args.init, args.device)
+    spo.check_length(args, reference.args)
     tokenizer = load_tokenizer(args.tokenizer, reference.args.vocab_size)
     prompts = get_prompts(args, reference.args, args.num_eval_samples)
-    paired = prompts.shape[1] > 1  # with prompts, samples for the same one are compared
     if args.judge == "llm":
         evaluations = 1 + math.ceil(args.steps / args.eval_every)
         ask_test_question(2 * args.num_eval_samples * evaluations)
-    if paired:
-        y_ref = sample(args, reference, prompts, EVAL_REF)
-        spo.hash_files(args, "heldout_pairs.npy", f"heldout_pairs{spo.PROMPT_LENGTH}")
-    else:
-        tokens = spo.load_responses(path, reference.args, 2, 1).tokens[:NUM_REF, 0]
-        y_ref = spo.trim_padding(torch.from_numpy(tokens.astype("int64")).to(args.device))
-        spo.hash_files(args, "ref.npy")
+    y_ref = reference_samples(args, reference, prompts)
     if args.judge == "llm" and args.num_eval_samples > len(y_ref):
         raise UserError(f"--num_eval_samples must be at most {len(y_ref)}, the rows the llm compares with.")
-    judge = make_judge(args, tokenizer, y_ref, paired)
+    judge = make_judge(args, tokenizer, y_ref, paired=prompts.shape[1] > 1)  # samples for the same prompt
     args.hashes["tokenizer"] = file_hash(args.tokenizer)
 
     def evaluate(policy, ref, step):
@@ -230,8 +244,9 @@ def main(argv=None):
     if own.n < 2 or args.judge == "none":
         p.error("--n must be at least 2, and --judge not none")
     policy, ref = load(own.checkpoint, args.device), load(args.init, args.device)
-    if args.max_new_tokens > min(policy.args.max_seq_len, ref.args.max_seq_len):
-        raise UserError(f"--max_new_tokens is {args.max_new_tokens}, more than the models read.")
+    for model in (policy, ref):
+        spo.check_length(args, model.args)
+    spo.recorded_hashes(args)  # refuses another tokenizer
     tokenizer = load_tokenizer(args.tokenizer, policy.args.vocab_size)
     if args.judge == "llm":
         ask_test_question(2 * own.n)

@@ -2,6 +2,9 @@
 Section 2's reward model: the Llama with one output, read at the end of a response, fitted to pairs by maximum
 likelihood under Bradley-Terry (Eq. 2). prepare_data.py saves it as reward.pt, which the judge "reward" reads.
 """
+import copy
+import math
+
 import torch
 import torch.nn as nn
 
@@ -46,32 +49,62 @@ def dataset_rewards(model, data, micro_batch_size, device):
     return rewards
 
 
-def fit_reward_model(init, pairs, heldout_pairs, steps, lr, micro_batch_size, seed=0, device="cpu"):
+LR = 1e-3        # for models of 64 dimensions, on which it was measured; others have it times 64 / dim
+EVAL_EVERY = 50  # steps between evaluations
+PATIENCE = 4     # evaluations in a row without a lower loss that end the fit
+
+
+def fit_reward_model(init, pairs, selection_pairs, steps, micro_batch_size, seed=0, device="cpu"):
     """
-    Fits a reward model, starting from the checkpoint init, to pairs (N, 2, T), the better response first -> the model.
-    The learning rate is constant after a warm-up of steps // 10. Prints the accuracy on heldout_pairs (M, 2, T).
+    Fits a reward model, starting from the checkpoint init, to pairs (N, 2, T), the better response first, for at most
+    steps. The learning rate is constant after a warm-up of steps // 10. Returns the model of the lowest loss on
+    selection_pairs (M, 2, T), that before the first step among them; so on these pairs it looks better than it is.
     """
     model = make_reward_head(load(init, device))
+    lr = LR * 64 / model.args.dim
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
     batch_size = min(32, len(pairs))
     warmup = max(1, steps // 10)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / warmup)
+    best_loss, best_step, best_weights = math.log(2), 0, copy.deepcopy(model.state_dict())
+    for step in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, step / warmup)
         optimizer.zero_grad()
         total = 0.0
-        batch = batch_indices(len(pairs), batch_size, seed, BATCH, step)
+        batch = batch_indices(len(pairs), batch_size, seed, BATCH, step - 1)
         for _, y, mask in micro_batches(Responses(pairs), batch, micro_batch_size, device):
-            r = reward_at_end(model, y, mask)                           # (b * 2,)
+            r = reward_at_end(model, y, mask)                                           # (b * 2,)
             r_w, r_l = r.view(-1, 2).unbind(1)
             loss = spo_loss(r_w, r_l, 1.0).sum() / batch_size                       # -log sigmoid(r_w - r_l)
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % 100 == 0:
-            print(f"step {step + 1} of {steps}, loss {total:.3f}", flush=True)
-    r_w, r_l = dataset_rewards(model, heldout_pairs, micro_batch_size, device).unbind(1)
-    accuracy = (r_w > r_l).float().mean().item()
-    print(f"accuracy on {len(r_w)} held-out pairs: {accuracy:.3f}", flush=True)
+        if step % EVAL_EVERY == 0 or step == steps:
+            r_w, r_l = dataset_rewards(model, selection_pairs, micro_batch_size, device).unbind(1)
+            loss = spo_loss(r_w, r_l, 1.0).mean().item()
+            print(f"step {step} of {steps}, loss {total:.3f}, held out {loss:.3f}", flush=True)
+            if loss < best_loss:
+                best_loss, best_step, best_weights = loss, step, copy.deepcopy(model.state_dict())
+            elif step - best_step >= PATIENCE * EVAL_EVERY:
+                break
+    model.load_state_dict(best_weights)
+    print(f"step {best_step} is kept, of the lowest held-out loss")
     return model
+
+
+def mean_and_error(x):
+    """The mean of x (N,) and its standard error."""
+    return x.mean().item(), (x.std() / len(x) ** 0.5).item()
+
+
+def heldout_accuracy(model, pairs, micro_batch_size, device="cpu"):
+    """
+    The share of pairs (N, 2, T), none of which the fit has seen, whose better response has the higher reward (an equal
+    one counts half). Prints it and the mean lead in reward.
+    """
+    r_w, r_l = dataset_rewards(model, pairs, micro_batch_size, device).unbind(1)
+    accuracy, accuracy_error = mean_and_error(((r_w - r_l).sign() + 1) / 2)
+    margin, margin_error = mean_and_error(r_w - r_l)
+    print(f"on {len(pairs)} other held-out pairs: accuracy {accuracy:.3f}, standard error {accuracy_error:.3f}\n"
+          f"  margin {margin:.3f}, standard error {margin_error:.3f}", flush=True)
+    return accuracy

@@ -17,7 +17,8 @@ import spo
 from extras import toyworld
 from extras.data_folder import open_folder
 from extras.tests.conftest import ROOT, TINY, TOKENIZER
-from model import UserError, file_hash, load, load_tokenizer
+from model import UserError, export, file_hash, load, load_tokenizer, save
+from test_spo import tiny
 
 FEW = ["--num_ref", "4", "--reward_steps", "0"]
 SMALLEST = ["--num_stories", "32", "--sft_steps", "1", "--num_pairs", "8", "--num_ref", "4"]
@@ -155,7 +156,7 @@ def test_settings_are_kept_and_others_refused(world, tmp_path, monkeypatch):
     assert hashes(data) == before
     prepare_toy(data, "--reward_steps", "1")  # it was not set
     after = hashes(data)
-    assert {name for name in after if after[name] != before.get(name)} == {"settings.json", "reward.pt"}
+    assert {name for name in after if after[name] != before.get(name)} == {"settings.json"}  # of 6 pairs none is made
     with pytest.raises(UserError, match="reward_steps 1, not 2"):
         prepare_toy(data, "--reward_steps", "2")
 
@@ -202,6 +203,17 @@ def test_another_source_is_refused(published, tmp_path):
     ("stories15M", "HF_ENDPOINT is nowhere"),
     ("stories15M --tokenizer x", "tokenizer is not read"),
     ("tokenizer --seed 1", "no other setting"),
+    ("toy --seed 18446744073709551616", "seed is 18446744073709551616"),
+    ("toy --num_ref 1000000000000", "num_ref is 1000000000000"),
+    ("stories15m", "stories15m is none of toy, .*stories15M"),
+    ("../x", "../x is not a name"),
+    ("toy --init a.pt --tokenizer tokenizer.model", "a name that is not the toy world's"),
+    ("mine --init a.pt", "--init needs --tokenizer"),
+    ("mine --init nowhere.pt --tokenizer tokenizer.model", "nowhere.pt is not a file"),
+    ("mine --init a.pt --tokenizer bad.jsonl", "not a sentencepiece"),
+    ("mine --init a.pt --tokenizer tokenizer.model --source bad.jsonl", "max_new_tokens is 255, but the model reads 64"),
+    ("mine --init a.pt --tokenizer tokenizer.model --source bad.jsonl --max_new_tokens 64", "bad.jsonl, line 1"),
+    ("stories15M --init small.pt --tokenizer tokenizer.model", "640 tokens, but the checkpoint 30"),
 ])
 def test_mistakes_are_found_first_and_leave_nothing(tmp_path, monkeypatch, flags, words):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
@@ -209,6 +221,8 @@ def test_mistakes_are_found_first_and_leave_nothing(tmp_path, monkeypatch, flags
     monkeypatch.setattr(prepare_data, "prepare_toy", lambda *_: pytest.fail("work has begun"))
     monkeypatch.chdir(tmp_path)
     shutil.copy(TOKENIZER, tmp_path)
+    save(tiny(640), "a.pt")
+    save(tiny(30), "small.pt")
     for name in ("data", "run"):
         os.mkdir(name)
     for name in ("bad.jsonl", "run/settings.json"):
@@ -262,6 +276,78 @@ def test_a_run_killed_at_any_moment_continues(published, tmp_path, monkeypatch):
     assert not (data / "pairs.npy").exists()
 
 
+@pytest.mark.parametrize("ending", ["pt", "bin"])
+def test_a_checkpoint_of_the_users(tmp_path, monkeypatch, ending):
+    """Copied with its tokenizer under a name of its own, published or not, without a download; then not asked for."""
+    init, data, before = str(tmp_path / f"m.{ending}"), tmp_path / "data", tiny(640)
+    (save if ending == "pt" else export)(before, init)
+    monkeypatch.setenv("HF_ENDPOINT", "nowhere")
+    name = "mine-2.0" if ending == "pt" else "stories42M"
+    flags = ["--init", init, "--tokenizer", TOKENIZER]
+
+    def run(*flags):
+        prepare_data.main([name, "--data", str(data), *flags])
+
+    run(*flags, "--source", pairs_file(tmp_path, write_stories(40)), *FEW, "--max_new_tokens", "64")
+    made = hashes(data)
+    assert made["tokenizer.model"] == file_hash(TOKENIZER) and os.path.exists(init)
+    assert ending == "bin" or made["sft.pt"] == file_hash(init)
+    after = load(data / "sft.pt").state_dict()
+    assert all(torch.equal(w, after[name]) for name, w in before.state_dict().items())
+    assert np.load(data / "ref.npy").shape[2] <= 65
+    run()
+    run(*flags)
+    assert hashes(data) == made
+    with pytest.raises(UserError, match="was made with model"):
+        prepare_data.main(["stories15M", "--data", str(data)])
+    shutil.copy(TOKENIZER, tmp_path / "t.model")
+    with open(tmp_path / "t.model", "ab") as f:
+        f.write(b"\x18\x00")  # an unknown field: the same 640 tokens, another file
+    with pytest.raises(UserError, match="made from another tokenizer"):
+        run("--init", init, "--tokenizer", str(tmp_path / "t.model"))
+    save(tiny(640, seed=1), tmp_path / "other.pt")
+    with pytest.raises(UserError, match="made from another init"):
+        run("--init", str(tmp_path / "other.pt"), "--tokenizer", TOKENIZER)
+    os.remove(data / "sft.pt")
+    with pytest.raises(UserError, match="lacks sft.pt or tokenizer.model: give --init and --tokenizer again"):
+        run()
+    run(*flags)
+    assert hashes(data) == made
+
+
+def test_a_checkpoint_of_the_users_does_not_replace_another(published, tmp_path):
+    data, run = published
+    save(tiny(640), tmp_path / "a.pt")
+    flags = ["--init", str(tmp_path / "a.pt"), "--tokenizer", TOKENIZER]
+    with pytest.raises(UserError, match="was not written by prepare_data.py"):
+        run(*flags)
+    run()
+    before = hashes(data)
+    with pytest.raises(UserError, match="was made without --init"):
+        run(*flags)
+    assert hashes(data) == before
+
+
+@pytest.mark.parametrize("name", ["pairs.npy", "ref.npy", "sft.pt"])
+def test_a_truncated_file_of_ours_is_moved_aside_and_made_again(tmp_path, capsys, name):
+    data = tmp_path / "data"
+    prepare_toy(data, *SMALLEST)
+    before, whole = hashes(data), (data / name).read_bytes()
+    (data / name).write_bytes(whole[:-1000])
+    prepare_toy(data)
+    assert f"{name} is damaged: moved to" in capsys.readouterr().out
+    cut = file_hash(data / f"{name}.damaged")
+    assert hashes(data) == before | {f"{name}.damaged": cut} and cut != before[name]
+    (data / name).write_bytes(whole[:-2000])  # damaged again: the earlier one is not replaced
+    with pytest.raises(UserError, match=f"{name} was not written by prepare_data.py, or was changed since"):
+        prepare_toy(data)
+    if name.endswith(".npy"):
+        np.save(data / name, np.load(f"{data}/heldout_pairs.npy"))  # whole, but another
+        os.remove(data / f"{name}.damaged")
+        with pytest.raises(UserError, match="or was changed since"):
+            prepare_toy(data)
+
+
 def test_two_at_once(published):
     data, run = published
     with open_folder(str(data)), pytest.raises(UserError, match="another prepare_data.py is writing"):
@@ -273,4 +359,4 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     argv = [sys.executable, f"{ROOT}/prepare_data.py", "toy", "--num_ref", "1"]
     done = subprocess.run(argv, cwd=tmp_path, text=True, capture_output=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --num_ref is 1, but must be at least 2.\n"
+    assert done.stderr == "error: --num_ref is 1, but must be from 2 to 10000000.\n"

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -162,6 +163,26 @@ def test_with_prompts_the_samples_for_the_same_held_out_prompt_are_compared(data
     assert {name: record[name] for name in expected} == pytest.approx(expected, rel=1e-3)
     assert record["win_rate"] != pytest.approx(mean_win(r, r_ref), rel=1e-3)
     assert set(args.hashes) == {"heldout_pairs.npy", "heldout_pairs_prompt_length.npy", "tokenizer"}
+
+
+def test_another_init_is_compared_with_its_own_samples(world, data, tmp_path):
+    """Of the aligned model itself the win rate is 1/2 at step 0, not what it is against the folder's sft.pt."""
+    aligned = load(f"{world}/sft.pt")
+    aligned.norm.weight.data.mul_(3)
+    save(aligned, tmp_path / "aligned.pt")
+    reward_model = make_reward_head(load(f"{world}/sft.pt"))
+    reward_model.output.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    known = shutil.copytree(world, tmp_path / "known")
+    save(reward_model, known / "reward.pt")
+    for name in ("sft.pt", "ref.npy", "reward.pt"):  # where ref.npy is from is not known without a settings.json
+        shutil.copy(known / name, data)
+    leads, compared_with_file = [], []
+    for folder in (str(known), data):
+        args = get_args(folder, "--init", str(tmp_path / "aligned.pt"), "--judge", "reward", "--seed", "2")
+        record = judge.make_evaluate(args)(aligned, aligned, 0)
+        leads.append(abs(record["win_rate"] - 0.5) / record["win_rate_se"])
+        compared_with_file.append("ref.npy" in args.hashes)
+    assert leads[0] < 2 and leads[1] > 3 and compared_with_file == [False, True], leads
 
 
 def test_missing_files(data):

@@ -4,6 +4,7 @@ import os
 import pickle
 import runpy
 import struct
+import zipfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,7 +139,9 @@ PUBLISHED = list(Path(ROOT).parent.glob("*/real/stories260K.bin"))
 
 
 @pytest.mark.skipif(not PUBLISHED, reason="no published stories260K.bin in a folder real/ beside the repository")
-def test_the_published_model_samples_what_numpy_reads():
+def test_the_published_model_samples_what_numpy_reads_and_exports_the_same_file(tmp_path):
+    export(load(PUBLISHED[0]), tmp_path / "m.bin")
+    assert (tmp_path / "m.bin").read_bytes() == PUBLISHED[0].read_bytes()  # RoPE's table too, to the last bit
     y = generate(load(PUBLISHED[0]), torch.tensor([[BOS]]), 20, temperature=0)[0]
     assert y[1:].tolist() == numpy_logits(PUBLISHED[0], y[:-1]).argmax(-1).tolist() and len(y.unique()) > 10
 
@@ -179,6 +182,12 @@ def test_damaged_files_are_read_or_refused_in_one_sentence(tmp_path, monkeypatch
             other = rng.bytes(new) if i % 2 else bytes(new)
             fuzz.add(refusal(name, whole[:at] + other + whole[at + rng.choice((old, new)):]) == "")
         assert fuzz == {True, False}, name
+    Path("sft.pt").write_bytes(good["sft.pt"])
+    with zipfile.ZipFile("sft.pt") as stored, zipfile.ZipFile("z", "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in stored.infolist():
+            archive.writestr(entry.filename, stored.read(entry))
+    texts.append(refusal("sft.pt", Path("z").read_bytes()))
+    os.remove("z")
     checkpoints = [Trap(), [weights], {"model": weights}, {"model": 7, "model_args": args}]
     for change in (dict(n_kv_heads=3), dict(n_heads=6, n_kv_heads=6)):  # of 4 heads; 6 heads of 2 are not 16
         checkpoints.append({"model": tiny(30, n_kv_heads=3).state_dict(), "model_args": args | change})
@@ -188,6 +197,8 @@ def test_damaged_files_are_read_or_refused_in_one_sentence(tmp_path, monkeypatch
     for change in ({"norm.weight": torch.ones(15)}, {"norm.weight": torch.ones(16) / 0}, {"norm.weight": None},
                    {"output.weight": torch.ones(30, 16)}, {name: w * math.nan for name, w in weights.items()}):
         checkpoints.append({"model": weights | change, "model_args": args})
+    repeated = {"tok_embeddings.weight": torch.zeros(1).expand(10 ** 6, 16), "output.weight": torch.zeros(1)}
+    checkpoints.append({"model": weights | repeated, "model_args": args | {"vocab_size": 10 ** 6}})
     for checkpoint in checkpoints:
         torch.save(checkpoint, "sft.pt")
         texts.append(refusal("sft.pt", Path("sft.pt").read_bytes()))
@@ -199,7 +210,8 @@ def test_damaged_files_are_read_or_refused_in_one_sentence(tmp_path, monkeypatch
     for sizes in ([16, 44, 2, 4, 2, -30, 64], [10 ** 9] * 7, [16, 44, 2, 3, 2, 30, 64]):
         texts.append(refusal("m.bin", struct.pack("<7i", *sizes) + good["m.bin"][28:]))
     assert all(texts) and sum("not finite" in text for text in texts) == 2 and sorted(os.listdir()) == sorted(READERS)
-    assert all(any(words in text for text in texts) for words in ("rope_theta", "not tied", "negative vocab_size"))
+    assert all(any(words in text for text in texts) for words in ("rope_theta", "not tied", "negative vocab_size",
+                                                              "is compressed", "repeat a few bytes"))
     assert pickle.loads(pickle.dumps(Trap())) is None and os.path.exists("trapped")  # it works on who unpickles
 
 

@@ -237,6 +237,7 @@ def test_defaults_are_e2s_and_one_flag_belongs_to_one_algorithm(capsys):
     ("--data {tmp}/word", "holds tokens or lengths"), ("--data nowhere", "nowhere/"),
     ("--tokenizer nowhere.model", "nowhere.model is missing"),
     ("--out {tmp}/file/run", "cannot be created"), ("--resume", "nothing to resume"), ("--judge gpt", "invalid choice"),
+    ("--model stories15m --data nowhere", "--model is stories15m, none of toy"),
 ])
 def test_a_wrong_flag_is_one_sentence_and_status_2(world, tmp_path, flags, words, capsys):
     (tmp_path / "file").write_text("text")
@@ -319,6 +320,27 @@ def test_what_may_differ_when_resuming_and_nothing_else(world, tmp_path):
     shutil.copy(f"{world}/sft.pt", tmp_path / "a/ckpt.pt")
     with pytest.raises(model.UserError, match="not what a run from"):
         run(str(data), tmp_path / "a", "--resume")
+
+
+def test_what_the_folder_was_not_made_from_is_refused(world, tmp_path):
+    """SLiC-HF on another model's samples, and another tokenizer of as many tokens; the others take another --init."""
+    policy = model.load(f"{world}/sft.pt")
+    policy.norm.weight.data.mul_(1.01)
+    model.save(policy, tmp_path / "aligned.pt")
+    flags = ["--init", str(tmp_path / "aligned.pt"), "--judge", "none", "--steps", "1", "--algo"]
+    run(world, tmp_path / "a", *flags, "spo")
+    with pytest.raises(model.UserError, match="ref.npy, which slic learns from, has samples of another model"):
+        run(world, tmp_path / "b", *flags, "slic")
+    shutil.copy(f"{ROOT}/tokenizer.model", tmp_path)
+    with open(tmp_path / "tokenizer.model", "ab") as f:
+        f.write(b"\x18\x00")  # an unknown field: the same tokens, another file
+    for judge in ("none", "toy"):
+        with pytest.raises(model.UserError, match="is not the tokenizer that .* was made with"):
+            run(world, tmp_path / "c", "--tokenizer", str(tmp_path / "tokenizer.model"), "--judge", judge)
+    assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
+    (tmp_path / "mine").mkdir()
+    args = spo.get_args(["--model", "my-toy", "--data", str(tmp_path / "mine")])
+    assert args.lr == spo.MODELS["stories260K"]["lr"] and args.tokenizer == f"{tmp_path}/mine/tokenizer.model"
 
 
 def test_a_used_folder_is_refused_and_half_written_files_are_removed(world, tmp_path):
