@@ -376,7 +376,8 @@ def get_args(argv=None):
                    "(default: as in training)")
     p.add_argument("--drop_long", action="store_true", default=None, help="of files: leave out rows with a longer "
                    "response, instead of cutting it")
-    p.add_argument("--reward_steps", type=int, help="steps of fitting reward.pt; 0: none (default: 1000; if toy none)")
+    p.add_argument("--reward_steps", type=int, help="steps of fitting reward.pt; 0: none (default: 1000; for "
+                   "toy and --judge readability none)")
     args = p.parse_args(argv)
     for name, lowest in LOWEST.items():
         value = getattr(args, name)
@@ -412,7 +413,7 @@ def get_settings(args, folder):
     if source == "made":
         defaults.update(judge=args.model if toy else "llm")
         if "readability" in (args.judge, folder.settings.get("judge")):
-            defaults.update(num_ref=12_000)
+            defaults.update(num_ref=12_000, reward_steps=None)  # evaluations ask it too, not a reward model
     elsewhere = ("data", "init", "tokenizer") if toy or args.init else ("data",)  # not settings of the folder
     given = {name: value for name, value in vars(args).items() if value is not None and name not in elsewhere}
     for name in given:
