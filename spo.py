@@ -402,8 +402,6 @@ def train(args, evaluate=None, generate=generate, stop=None):
                     best_win_rate = results["win_rate"]
                     save(policy, f"{args.out}/best.pt")
                 log(args, step=step, **results)
-        if stopped:
-            print(wrap(f"stopped at step {step}, saved in {args.out}: continue with --resume (make: RESUME=1)"))
         if stopped or step == args.steps:
             break
         step_time, lr = time.perf_counter(), get_lr(step, args)
@@ -470,24 +468,12 @@ def train(args, evaluate=None, generate=generate, stop=None):
 # ---------------------------------------------------------------------------------------------------
 # A run's folder: settings.json, log.jsonl, best.pt, and ckpt.pt, which --resume continues from
 
-ROWS = {"pairs.npy": "pairs of responses, the better one first",
-        "best.npy": 'rows of n responses with the index of the best, {"responses": [...], "best": 1}',
-        "ranked.npy": 'rows of n responses, best first, {"responses": [...]}'}
-
-
-def require_file(args, name, use):
-    """Raises UserError, which says what creates it, where args.data has no file of this name. use: what it is for."""
-    if os.path.exists(f"{args.data}/{name}"):
-        return
-    command = f"make data MODEL={args.model}"
-    without_rows = name in ("best.npy", "ranked.npy") and os.path.exists(f"{args.data}/pairs.npy")
-    if without_rows or args.model not in ("toy", "toy-naive"):
-        command += " SOURCE=preferences.jsonl"
-    if without_rows:
-        command += " DATA=data/other"  # a folder keeps its source
-    elif args.data != f"data/{args.model}":
-        command += f" DATA={args.data}"
-    raise UserError(f"{args.data}/{name} does not exist, and {use}: create it with `{command}`, see docs/data.md.")
+def require_file(args, name):
+    """Raises UserError, which says what creates it, where args.data has no file of this name."""
+    if not os.path.exists(f"{args.data}/{name}"):
+        source = "" if args.model in ("toy", "toy-naive") else " SOURCE=..."
+        raise UserError(f"{args.data}/{name} does not exist: create it with `make data MODEL={args.model} "
+                        f"DATA={args.data}{source}`; ranked.npy and best.npy need rows of responses (docs/data.md).")
 
 
 def hash_files(args, *names):
@@ -526,7 +512,7 @@ def recorded_hashes(args):
 def load_data(args, model_args):
     """The preference data, and for SLiC-HF samples of the reference, as Responses."""
     name = {"best_of_n": "best.npy", "ranked": "ranked.npy"}.get(args.algo, "pairs.npy")
-    require_file(args, name, f"--algo {args.algo} reads {ROWS[name]}")
+    require_file(args, name)
     data = load_responses(f"{args.data}/{name}", model_args, args.batch_size, 2 if name == "pairs.npy" else None)
     args.hashes["init"] = file_hash(args.init)
     hash_files(args, name, name.replace(".npy", PROMPT_LENGTH))
@@ -795,7 +781,7 @@ def stop_on_signal():
 def main(argv=None):
     args = get_args(argv)
     if args.init == f"{args.data}/sft.pt":
-        require_file(args, "sft.pt", "it is the reference model")
+        require_file(args, "sft.pt")
     evaluate = None
     sampler = generate
     if args.judge != "none":
@@ -810,6 +796,7 @@ def main(argv=None):
     if os.path.exists(f"{args.out}/best.pt"):
         print(f"to read samples: make sample MODEL={args.model} N=3 \\\n  CHECKPOINT={args.out}/best.pt")
     if stop.is_set():
+        print(wrap(f"stopped and saved in {args.out}: continue with --resume (make: RESUME=1)"))
         sys.exit(130)
 
 

@@ -183,7 +183,7 @@ def make_evaluate(args):
     The function evaluate(policy, ref, step) -> dict that spo.train calls. It prints a sample, and after the last step
     three beside the reference's, also to samples.txt. The files it reads are added to args.hashes.
     """
-    spo.require_file(args, "ref.npy", "--judge compares with these samples of the reference")
+    spo.require_file(args, "ref.npy")
     reference = load(args.init, args.device)
     spo.check_length(args, reference.args)
     tokenizer = load_tokenizer(args.tokenizer, reference.args.vocab_size)

@@ -375,10 +375,9 @@ def test_a_missing_file_names_the_command_that_creates_it(world, tmp_path):
     imported = shutil.copytree(world, tmp_path / "imported")
     os.remove(imported / "ranked.npy")
     for flags, words in (
-            (["--algo", "ranked"], r"imported/ranked.npy does not exist, and --algo ranked reads rows of n responses, "
-             r"best first, .*`make data MODEL=toy SOURCE=preferences.jsonl DATA=data/other`"),
+            (["--algo", "ranked"], r"imported/ranked.npy does not exist: .* ranked.npy and best.npy need rows of responses"),
             (["--model", "stories15M", "--data", f"{tmp_path}/none"],
-             r"none/pairs.npy .*`make data MODEL=stories15M SOURCE=preferences.jsonl DATA=.*none`"),
+             r"none/pairs.npy .*`make data MODEL=stories15M DATA=.*none SOURCE=...`"),
             (["--data", f"{tmp_path}/none"], r"none/pairs.npy .*`make data MODEL=toy DATA=.*none`")):
         with pytest.raises(model.UserError, match=words):
             spo.load_data(get_args(str(imported), tmp_path / "a", *flags), model.load(f"{world}/sft.pt").args)
