@@ -38,6 +38,7 @@ REAL_GRID = {
     "ipo": [f"--algo ipo --beta {beta} --lr {lr}" for beta in (0.03, 0.1) for lr in ("5e-5", "1e-4")],
     "slic": [f"--algo slic --delta 10 --beta {beta} --lr {lr}" for beta in (0.3, 1) for lr in ("5e-5", "1e-4")],
 }
+JUDGE = {"stories260K": " --judge readability"}  # where it is not the model's default
 # Model -> steps, seeds, settings
 PROTOCOLS = {"toy": (300, (0, 1, 2, 3, 4), TOY_GRID), "toy-naive": (300, (0, 1, 2, 3, 4), TOY_GRID),
              "stories260K": (60, (0, 1, 2), REAL_GRID)}
@@ -98,10 +99,10 @@ def report(model, folder):
     """Makes in `folder` every run, table.md and figure1.png."""
     same_data(f"data/{model}", folder)
     steps, seeds, grid = PROTOCOLS[model]
-    max_kl = MODELS[model]["max_kl"]
+    max_kl, of_model = MODELS[model]["max_kl"], f"--model {model}{JUDGE.get(model, '')}"
 
     def tune(flags):
-        runs = [train_until(steps, f"{flags} --model {model} --seed {seed}", folder, max_kl) for seed in TUNE_SEEDS]
+        runs = [train_until(steps, f"{flags} {of_model} --seed {seed}", folder, max_kl) for seed in TUNE_SEEDS]
         return np.mean([best_evaluation(out, max_kl)["win_rate"] for out in runs])
 
     def run(flags):
@@ -118,7 +119,7 @@ def report(model, folder):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         means = {algo: pool.map(tune, settings) for algo, settings in grid.items()}     # map starts them all
         tuned = {algo: settings[np.argmax(list(means[algo]))] for algo, settings in grid.items()}
-        chosen = [f"{flags} --model {model} --seed {seed}" for flags in tuned.values() for seed in seeds]
+        chosen = [f"{flags} {of_model} --seed {seed}" for flags in tuned.values() for seed in seeds]
         results = list(pool.map(run, chosen))
     runs = {algo: results[i * len(seeds):(i + 1) * len(seeds)] for i, algo in enumerate(tuned)}
     write_text(f"{folder}/table.md", table(runs, tuned, steps) + "\n" + winrate_by_kl(runs))
