@@ -229,7 +229,8 @@ def best_evaluation(out, max_kl=math.inf):
     The evaluation with the highest win rate of the run in folder out, of those whose KL is at most max_kl; the first of
     equal ones -> dict.
     """
-    evaluations = [record for record in read_evaluations(out) if (record["kl"] or 0.0) <= max_kl]
+    evaluations = [record for record in read_evaluations(out)
+                   if record.get("kl", 0.0) is not None and record.get("kl", 0.0) <= max_kl]
     if not evaluations:
         raise UserError(f"{out}/log.jsonl has no evaluation with a win rate: train with a --judge.")
     return max(evaluations, key=lambda record: record["win_rate"])
