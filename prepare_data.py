@@ -341,7 +341,7 @@ def save_reward_model(folder):
                 return save(model, path)
         reason = f"accuracy {accuracy:.3f} on {len(test)} held-out pairs is not above {lowest:.3f}"
     settings["no_reward_model"] = reason  # so that it is not fitted again, and the judge can say why there is none
-    print(f"no reward model: {reason}")
+    print(wrap(f"no reward model: {reason}"))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -105,6 +105,6 @@ def heldout_accuracy(model, pairs, micro_batch_size, device="cpu"):
     r_w, r_l = dataset_rewards(model, pairs, micro_batch_size, device).unbind(1)
     accuracy, accuracy_error = mean_and_error(((r_w - r_l).sign() + 1) / 2)
     margin, margin_error = mean_and_error(r_w - r_l)
-    print(f"on {len(pairs)} other held-out pairs: accuracy {accuracy:.3f}, standard error {accuracy_error:.3f}\n"
+    print(f"on {len(pairs)} other held-out pairs:\n  accuracy {accuracy:.3f}, standard error {accuracy_error:.3f}\n"
           f"  margin {margin:.3f}, standard error {margin_error:.3f}", flush=True)
     return accuracy

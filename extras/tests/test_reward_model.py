@@ -51,7 +51,7 @@ def test_accuracy_and_margin_with_their_standard_errors(monkeypatch, capsys):
         return (sum((x - mean) ** 2 for x in values) / 4 / 5) ** 0.5
 
     errors = standard_error([1, 0, 1, 0.5, 1]), standard_error(leads)
-    assert capsys.readouterr().out == (f"on 5 other held-out pairs: accuracy 0.700, standard error {errors[0]:.3f}\n"
+    assert capsys.readouterr().out == (f"on 5 other held-out pairs:\n  accuracy 0.700, standard error {errors[0]:.3f}\n"
                                        f"  margin 0.650, standard error {errors[1]:.3f}\n")
 
 
