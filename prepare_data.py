@@ -37,7 +37,7 @@ from spo import (BATCH, PROMPT_LENGTH, Responses, batch_indices, dataset_logp, m
                  no_prompts, rng, sample, seq_logp)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PAIRS, RANKED, REF, HELDOUT, MADE = range(100, 105)  # purposes of spo.rng: what is sampled for
+PAIRS, RANKED, REF, HELDOUT, MADE, LABELS = range(100, 106)  # purposes of spo.rng: what is drawn
 TOY_FILES, CHECKPOINT_FILES = ("stories.npy", "heldout.npy", "sft.pt"), ("sft.pt", "tokenizer.model")
 PAIR_FILES = ("pairs.npy", "heldout_pairs.npy")
 RESPONSE_FILES = (*PAIR_FILES, "ranked.npy", "heldout_ranked.npy", "best.npy", "heldout_best.npy", "ref.npy")
@@ -148,7 +148,8 @@ def prepare_toy(folder, tokenizer):
             y = sample_rows(folder, prompts, n, purpose)
             taste = toyworld.TASTES[settings["model"]]
             r = [toyworld.reward(text, taste) for text in tokenizer.decode(y.flatten(0, 1).tolist())]
-            folder.save_tokens(f"{name}.npy", sample_ranking(y, torch.tensor(r).view(rows, n), rng(seed, purpose)))
+            ranked = sample_ranking(y, torch.tensor(r).view(rows, n), rng(seed, LABELS, purpose))
+            folder.save_tokens(f"{name}.npy", ranked)
     for suffix in (PROMPT_LENGTH, ".npy"):
         if folder.has(f"ranked{suffix}") and not folder.has(f"best{suffix}"):
             folder.save_tokens(f"best{suffix}", np.load(f"{folder.path}/ranked{suffix}"))

@@ -82,7 +82,7 @@ def test_pairs_are_labelled_by_the_experts_taste_with_draws_of_the_seed(tmp_path
 
     def pairs(taste, seed):
         r = torch.tensor([toyworld.reward(story, taste) for story in stories]).view(60, 2)
-        return prepare_data.sample_ranking(y, r, spo.rng(seed, prepare_data.PAIRS)).numpy()
+        return prepare_data.sample_ranking(y, r, spo.rng(seed, prepare_data.LABELS, prepare_data.PAIRS)).numpy()
 
     assert np.array_equal(np.load(data / "pairs.npy"), pairs("naive", 3))
     assert not np.array_equal(np.load(data / "pairs.npy"), pairs("naive", 0))
