@@ -249,7 +249,7 @@ def print_table(data):
 
     def sample(temperature, length):
         generator, sampler = spo.rng(0, "readability", temperature, length), partial(generate, temperature=temperature)
-        return spo.sample(model, 512, length, generator, sampler)
+        return spo.sample(model, spo.no_prompts(512), length, generator, sampler)
 
     y = sample(1.0, 400)
     texts = tokenizer.decode(y[:, :256].tolist())
