@@ -454,7 +454,8 @@ def train(args, evaluate=None, generate=generate, stop=None):
             skipped, in_a_row = skipped + 1, in_a_row + 1
             print(f"step {step} is skipped: its loss or gradient is not finite")
             if in_a_row == 5:
-                raise UserError(f"steps {step - 4} to {step} were not finite: start again with a lower --lr.")
+                advice = "start again with a lower --lr" if step > 4 else "a setting or the data is to blame, not --lr"
+                raise UserError(f"steps {step - 4} to {step} were not finite: {advice}.")
 
         # 5. log the mean since the last record
         seconds = torch.tensor([time.perf_counter() - step_time], device=args.device)

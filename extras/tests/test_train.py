@@ -140,6 +140,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_five_in_a_row_stop(world, tmp_
     bad, step = set(range(6, 11)), 0
     with pytest.raises(model.UserError, match="steps 6 to 10 were not finite: start again with a lower --lr"):
         run(world, tmp_path / "b", "--steps", "20")
+    bad, step = set(range(5)), 0
+    with pytest.raises(model.UserError, match="steps 0 to 4 were not finite: a setting or the data is to blame, not"):
+        run(world, tmp_path / "c")
     assert torch.load(tmp_path / "b/ckpt.pt")["step"] == 10 and weights(tmp_path / "b/ckpt.pt").isfinite().all()
 
 
