@@ -220,7 +220,7 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, generat
     end, and continued from there. A row that has sampled BOS is finished and holds BOS from there on; finished rows
     leave the batch, a quarter of it at a time.
 
-    One uniform number per token is drawn beforehand, so what a row samples does not depend on the other rows.
+    One uniform number per position is drawn beforehand, so what a row samples does not depend on the other rows.
     """
     assert torch.is_tensor(prompt) and prompt.dtype == torch.long and prompt.dim() == 2, (
         "prompt must be token ids, an int64 tensor of shape (B, P): encode text with the tokenizer, BOS first")
@@ -233,7 +233,7 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, generat
     shortest = int(lengths.min())
     assert 0 < shortest and (prompt[:, :shortest] >= 0).all(), "prompts hold a token or more, and -1 only at their end"
     device = prompt.device if generator is None else generator.device
-    uniforms = torch.rand(B, P - shortest + max_new_tokens, generator=generator, device=device).to(prompt.device)
+    uniforms = torch.rand(B, P + max_new_tokens - 1, generator=generator, device=device).to(prompt.device)
     tokens = F.pad(prompt.masked_fill(prompt < 0, BOS), (0, max_new_tokens), value=BOS)
     rows = torch.arange(B, device=prompt.device)        # the rows in the cache, some of them finished
     finished = torch.zeros(B, dtype=torch.bool, device=prompt.device)
@@ -241,7 +241,7 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, generat
     input_tokens = prompt[:, :shortest]
     for t in range(shortest, P + max_new_tokens):
         logits = model(input_tokens, cache)[:, -1]                                  # (len(rows), V)
-        next_token = sample_token(logits, uniforms[rows, t - shortest][:, None], temperature, top_k)
+        next_token = sample_token(logits, uniforms[rows, t - 1:t], temperature, top_k)
         next_token = torch.where(finished, BOS, next_token)
         given = t < lengths[rows]                       # these rows are still reading their prompts
         next_token = torch.where(given, tokens[rows, t], next_token)

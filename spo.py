@@ -196,6 +196,7 @@ def sample(model, prompts, max_new_tokens, generator, generate=generate):
     """
     prompts = prompts.to(next(model.parameters()).device)
     num_tokens = 1 + max_new_tokens - prompts.shape[1]
+    assert num_tokens > 0, f"prompts of {prompts.shape[1]} tokens, BOS included, but {max_new_tokens} in all"
     progress, samples = Progress("sampled", len(prompts)), []
     for part in prompts.split(256):
         samples.append(generate(model, part, num_tokens, generator=generator))
@@ -203,23 +204,16 @@ def sample(model, prompts, max_new_tokens, generator, generate=generate):
     return trim_padding(torch.cat(samples))
 
 
-@torch.no_grad()
-def with_reference(ref, y, mask, micro_batch_size):
-    """Rollouts y (R, T) in micro-batches, each with the reference's hidden states on it: [(y, mask, ref_hidden)]."""
-    micro_batches = zip(y.split(micro_batch_size), mask.split(micro_batch_size))
-    return [(y, mask, ref.hidden(y[:, :-1])) for y, mask in micro_batches]
-
-
 # ---------------------------------------------------------------------------------------------------
 # Data. A file holds tokens (N, n, T), uint16: n responses per row, best first. Every random draw has a generator of
 # its own, seeded by what it is for and when, so that a resumed run draws what it would have drawn.
 
-PROMPT_LENGTH = "_prompt_length.npy"  # pairs.npy has its prompts' lengths in pairs_prompt_length.npy, if it has any
+PROMPT_LENGTH = "_prompt_length.npy"  # the lengths of pairs.npy's prompts, if any, are in pairs_prompt_length.npy
 BATCH, SLIC_BATCH, ROLLOUT, EVAL, SHOW, PROMPT = range(6)  # purposes; extras/judge.py draws for EVAL and SHOW
 
 
 def rng(*key):
-    """A generator seeded by (seed, purpose, step)."""
+    """A generator seeded by (seed, purpose) and, where there is one, the step or epoch."""
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
     seed = int(digest[:15], 16)
     return torch.Generator().manual_seed(seed)
@@ -250,7 +244,7 @@ def load_responses(path, model_args, min_rows=1, num_responses=None):
     and n = num_responses (None: 2 or more).
     """
     import numpy as np  # here, because the losses need nothing but torch
-    lengths_path = path.replace(".npy", PROMPT_LENGTH)
+    lengths_path = path.removesuffix(".npy") + PROMPT_LENGTH
     try:
         tokens, lengths = np.load(path), None
         if tokens.dtype != np.uint16 or tokens.ndim != 3 or tokens.size == 0:
@@ -267,7 +261,7 @@ def load_responses(path, model_args, min_rows=1, num_responses=None):
         raise UserError(f"{path} cannot be read as a token file ({reason}): `make data` creates it, for a "
                         "published model with MODEL= and SOURCE=.") from None
     if N < min_rows:
-        raise UserError(f"{path} has {N} rows, fewer than --batch_size {min_rows}.")
+        raise UserError(f"{path} has {N} rows, but {min_rows} are needed (--batch_size).")
     if num_responses is None and n < 2:
         raise UserError(f"{path} has rows of {n} responses, not of two or more.")
     if num_responses is not None and n != num_responses:
@@ -298,9 +292,8 @@ def micro_batches(data, rows, micro_batch_size, device):
     ends = (mask * torch.arange(y.shape[2])).amax((1, 2))                           # (B,)
     order = ends.argsort(descending=True, stable=True)
     for i in order.split(max(1, micro_batch_size // n)):
-        longest = 1 + int(ends[i].max())
-        tokens, counts = (x[i, :, :longest].flatten(0, 1).to(device) for x in (y, mask))
-        yield rows[i], tokens, counts
+        length = 1 + int(ends[i].max())
+        yield rows[i], y[i, :, :length].flatten(0, 1).to(device), mask[i, :, :length].flatten(0, 1).to(device)
 
 
 def trim_padding(tokens):
@@ -350,18 +343,25 @@ def batch_metrics(pref, logp, mask, batch_size):
     return torch.stack((pref.detach(), *means, mask.sum()))
 
 
-def sample_rollouts(args, policy, data, step, generate):
-    """R samples y of the policy, for the prompts of R rows drawn from the data, and their mask -> both (R, T)."""
+@torch.no_grad()
+def sample_rollouts(args, policy, ref, data, step, generate):
+    """
+    R samples of the policy, for the prompts of R rows drawn from the data, in micro-batches: [(y (r, T), its mask, the
+    reference's hidden states on it (r, T-1, dim))].
+    """
     rows = torch.randint(len(data), (args.num_rollouts,), generator=rng(args.seed, PROMPT, step))
     y = sample(policy, data.prompts(rows), args.max_new_tokens, rng(args.seed, ROLLOUT, step), generate)
-    return y, response_mask(y, data.prompt_length[rows])
+    mask = response_mask(y, data.prompt_length[rows])
+    parts = zip(y.split(args.micro_batch_size), mask.split(args.micro_batch_size))
+    return [(y, mask, ref.hidden(y[:, :-1])) for y, mask in parts]
 
 
-def is_best(args, results, best_win_rate):
-    """Whether an evaluation has the highest win rate so far, within the bound on the KL."""
-    win_rate = results.get("win_rate")
-    kl = results.get("kl", 0.0)
-    return None not in (win_rate, kl) and kl <= args.max_kl and win_rate > best_win_rate  # None: it was not finite
+def is_best(record, best_win_rate, max_kl):
+    """Whether an evaluation's win rate is above best_win_rate, and its KL at most max_kl; None was not finite."""
+    win_rate, kl = record.get("win_rate"), record.get("kl", 0.0)
+    if win_rate is None or kl is None:
+        return False
+    return kl <= max_kl and win_rate > best_win_rate
 
 
 def train(args, evaluate=None, generate=generate, stop=None):
@@ -373,14 +373,14 @@ def train(args, evaluate=None, generate=generate, stop=None):
     data, ref_samples = load_data(args, policy.args)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     open_folder(args)
-    state = dict(step=0, rollouts=None, history=[], best_win_rate=-1.0, skipped=0)
+    state = dict(step=0, rollouts=[], history=[], best_win_rate=-1.0, skipped=0)
     if args.resume:
         state = load_run(args, policy, optimizer)
         if state["step"] == args.steps and (state["evaluated"] or evaluate is None):
             print(wrap(f"{args.out} is finished at step {args.steps}: more --steps (make: STEPS=) train it longer"))
             return policy
     start_step, rollouts, history = state["step"], state["rollouts"], state["history"]
-    best_win_rate, skipped, in_a_row, rollout_batches = state["best_win_rate"], state["skipped"], 0, []
+    best_win_rate, skipped, in_a_row = state["best_win_rate"], state["skipped"], 0
     use_kl = args.algo in ("spo", "best_of_n", "ranked") and args.beta > 0
     mu = torch.ones(len(data), device=args.device)
     # DPO and IPO compare with log pi_ref of the data, which never changes. It is read in the batches of the first
@@ -398,21 +398,21 @@ def train(args, evaluate=None, generate=generate, stop=None):
                  history=history, best_win_rate=best_win_rate, skipped=skipped, args=vars(args))
             if evaluate and not stopped:
                 results = evaluate(policy, ref, step)
-                if is_best(args, results, best_win_rate):
+                if is_best(results, best_win_rate, args.max_kl):
                     best_win_rate = results["win_rate"]
                     save(policy, f"{args.out}/best.pt")
                 log(args, step=step, **results)
+        if stopped:
+            print(wrap(f"stopped at step {step}, saved in {args.out}: continue with --resume (make: RESUME=1)"))
         if stopped or step == args.steps:
             break
         step_time, lr = time.perf_counter(), get_lr(step, args)
         optimizer.param_groups[0]["lr"] = lr
 
         # 1. every k steps, R fresh rollouts from the current policy; the reference reads them once (Appendix D)
-        if use_kl and (step % args.rollout_every == 0 or step == start_step):
+        if use_kl and step % args.rollout_every == 0:
             with autocast(args):
-                if step % args.rollout_every == 0:  # else resumed, with the rollouts of the checkpoint
-                    rollouts = sample_rollouts(args, policy, data, step, generate)  # y and mask, (R, T)
-                rollout_batches = with_reference(ref, *rollouts, args.micro_batch_size)
+                rollouts = sample_rollouts(args, policy, ref, data, step, generate)
 
         # 2. the preference loss, on a batch of the data
         optimizer.zero_grad()
@@ -431,7 +431,7 @@ def train(args, evaluate=None, generate=generate, stop=None):
 
         # 3. + beta * the regularizer: the KL on the rollouts; for SLiC-HF the NLL of samples of the reference
         reg = torch.zeros(1, device=args.device)
-        for y, mask, ref_hidden in rollout_batches:
+        for y, mask, ref_hidden in rollouts:
             with autocast(args):
                 kl = rollout_kl(policy, ref, y, mask, ref_hidden).sum() / args.num_rollouts
             (args.beta * kl).backward()
@@ -516,15 +516,19 @@ def load_data(args, model_args):
     require_file(args, name)
     data = load_responses(f"{args.data}/{name}", model_args, args.batch_size, 2 if name == "pairs.npy" else None)
     args.hashes["init"] = file_hash(args.init)
-    hash_files(args, name, name.replace(".npy", PROMPT_LENGTH))
+    hash_files(args, name, name.removesuffix(".npy") + PROMPT_LENGTH)
+    longest = int(data.prompt_length.max())
+    if longest > args.max_new_tokens:
+        raise UserError(f"--max_new_tokens is {args.max_new_tokens}, but a prompt in {args.data}/{name} has {longest} "
+                        "tokens, BOS included: give that many or more.")
     recorded = recorded_hashes(args)  # which refuses another tokenizer, for every algorithm
     check_length(args, model_args)
     if args.algo != "slic":
         return data, None
     if recorded.get("sft.pt", args.hashes["init"]) != args.hashes["init"]:
         raise UserError(f"{args.data}/ref.npy, which slic learns from, has samples of another model than {args.init}: "
-                        f"create a folder for it with `python prepare_data.py NAME --init {args.init} --tokenizer "
-                        f"{args.tokenizer} --source PAIRS`.")
+                        f"create a folder for it with `make data MODEL=NAME SOURCE=PAIRS ARGS='--init {args.init} "
+                        f"--tokenizer {args.tokenizer}'`.")
     hash_files(args, "ref.npy", f"ref{PROMPT_LENGTH}")
     return data, load_responses(f"{args.data}/ref.npy", model_args, args.batch_size, 1)
 
@@ -570,27 +574,31 @@ MAY_DIFFER = {"resume", "out", "device", "micro_batch_size", "fast_sampling", "d
               "steps", "hashes"}
 
 
+def must_match(settings):
+    """What has to be the same when a run is resumed -> dict: settings, and the hashes of the files it reads."""
+    return {name: x for name, x in settings.items() if name not in MAY_DIFFER} | settings["hashes"]
+
+
 def load_run(args, policy, optimizer):
     """Loads args.out's checkpoint into policy and optimizer, and cuts the log back to it -> the checkpoint."""
     path = f"{args.out}/ckpt.pt"
     checkpoint = load_checkpoint(path, args.device)
     try:
-        earlier = checkpoint["args"] | checkpoint["args"]["hashes"]
-        now = vars(args) | args.hashes
-        for name in sorted((now.keys() | earlier.keys()) - MAY_DIFFER):
+        earlier, now = must_match(checkpoint["args"]), must_match(vars(args))
+        for name in sorted(earlier.keys() | now.keys()):
             if earlier.get(name) != now.get(name):
                 raise UserError(f"{args.out} was started with {name} {str(earlier.get(name))[:20]}, not "
                                 f"{str(now.get(name))[:20]}: resume with the same, or start another run with --out.")
         if checkpoint["step"] > args.steps:
             raise UserError(f"{args.out} is at step {checkpoint['step']} already: give --steps that many or more.")
-        policy.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        policy.load_state_dict(checkpoint.pop("model"))
+        optimizer.load_state_dict(checkpoint.pop("optimizer"))
         assert all(row.shape == (len(METRICS),) for row in checkpoint["history"]), "history"
-        assert checkpoint["rollouts"] is None or checkpoint["rollouts"][0].max() < policy.args.vocab_size, "rollouts"
+        assert all(y.max() < policy.args.vocab_size for y, _, _ in checkpoint["rollouts"]), "rollouts"
         records = cut_log(args, checkpoint["step"])
         checkpoint["evaluated"] = any(r["step"] == checkpoint["step"] and "loss" not in r for r in records)
         for record in records:
-            if is_best(args, record, checkpoint["best_win_rate"]):
+            if is_best(record, checkpoint["best_win_rate"], args.max_kl):
                 checkpoint["best_win_rate"] = record["win_rate"]
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as e:
         raise UserError(f"{args.out} is not what a run from {args.init} leaves, in ckpt.pt or log.jsonl: "
@@ -714,7 +722,7 @@ def get_args(argv=None):
     g.add_argument("--lr", type=float, help="AdamW's learning rate after warm-up")
     g.add_argument("--warmup", type=int, help="steps of linear warm-up")
     g.add_argument("--steps", type=int, help="training steps")
-    g.add_argument("--max_new_tokens", type=int, help="longest sample, in tokens")
+    g.add_argument("--max_new_tokens", type=int, help="longest sample in tokens, its prompt included")
     g = p.add_argument_group("evaluation")
     g.add_argument("--judge", choices=JUDGES,
                    help="of win rates: the toy world's experts, <data>/reward.pt, a readability formula, an endpoint")
@@ -752,7 +760,7 @@ def get_args(argv=None):
         p.error("--num_eval_samples is 1: a standard error needs 2 or more")
     if algo == "ipo" and args.beta == 0:
         p.error("--beta is 0, but ipo's target margin is 1/(2 beta)")
-    settings = [f"{name}{getattr(args, name):g}" for name in ALGOS[algo] if name not in AT_LEAST_1]
+    settings = [f"{name}{getattr(args, name):g}" for name in ("alpha", "beta", "gamma", "delta") if name in ALGOS[algo]]
     name = "-".join([os.path.basename(os.path.abspath(args.data)), algo, *settings, f"seed{args.seed}"])
     args.out = args.out.replace("<data>-<algo>-<settings>-seed<seed>", name).rstrip("/")
     args.init = args.init.replace("<data>", args.data)
@@ -800,9 +808,9 @@ def main(argv=None):
     stop = stop_on_signal()
     train(args, evaluate, sampler, stop)
     if os.path.exists(f"{args.out}/best.pt"):
-        print(f"to read samples: make sample MODEL={args.model} N=3 \\\n  CHECKPOINT={args.out}/best.pt")
+        where = "" if args.data == f"data/{args.model}" else f" DATA={args.data}"
+        print(f"to read samples: make sample MODEL={args.model}{where} N=3 \\\n  CHECKPOINT={args.out}/best.pt")
     if stop.is_set():
-        print(wrap(f"stopped and saved in {args.out}: continue with --resume (make: RESUME=1)"))
         sys.exit(130)
 
 

@@ -426,16 +426,15 @@ def slow_generate(model, y, uniforms, temperature=1.0, top_k=None, prompt_length
     """
     given = y
     lengths = torch.full((len(y),), y.shape[1]) if prompt_length is None else prompt_length
-    start = int(lengths.min())
-    y = y[:, :start]
-    for i in range(uniforms.shape[1]):
+    y = y[:, :1]
+    for t in range(1, uniforms.shape[1] + 1):
         p = (model(y)[:, -1] / temperature).softmax(-1)
         if top_k is not None:
             p = torch.where(p >= p.sort(-1, descending=True).values[:, top_k - 1:top_k], p, 0)
-        token = (p.cumsum(-1) <= uniforms[:, i:i + 1] * p.sum(-1, keepdim=True)).sum(1)
+        token = (p.cumsum(-1) <= uniforms[:, t - 1:t] * p.sum(-1, keepdim=True)).sum(1)
         for row in range(len(y)):
-            if start + i < lengths[row]:
-                token[row] = given[row, start + i]
+            if t < lengths[row]:
+                token[row] = given[row, t]
             elif (y[row, lengths[row]:] == BOS).any():
                 token[row] = BOS
         y = torch.cat((y, token[:, None]), 1)
@@ -454,7 +453,7 @@ def test_cache_and_generate_against_the_full_forward(n_kv_heads, temperature, to
         model.tok_embeddings.weight.div_(10)  # so that some samples end early
     prompt = tokens[:, :3].repeat(20, 1)
     y = generate(model, prompt, 30, temperature, top_k, torch.Generator().manual_seed(5))
-    uniforms = torch.rand(60, 30, generator=torch.Generator().manual_seed(5))
+    uniforms = torch.rand(60, 32, generator=torch.Generator().manual_seed(5))
     assert torch.equal(y, slow_generate(model, prompt, uniforms, temperature, top_k))
     assert 5 < (y[:, 3:] == BOS).any(1).sum() < 60
 
@@ -467,9 +466,10 @@ def test_prompts_of_mixed_lengths_are_each_continued_as_if_alone():
     lengths[:2] = torch.tensor([2, 7])
     prompts = tokens.masked_fill(torch.arange(7) >= lengths[:, None], -1)
     y = generate(model, prompts, 20, generator=torch.Generator().manual_seed(5))
-    uniforms = torch.rand(40, 25, generator=torch.Generator().manual_seed(5))
+    uniforms = torch.rand(40, 26, generator=torch.Generator().manual_seed(5))
     assert torch.equal(y, slow_generate(model, tokens, uniforms, prompt_length=lengths))
     assert 5 < sum((row[n:] == BOS).any().item() for row, n in zip(y, lengths)) < 40  # some end
+    assert torch.equal(generate(model, prompts[:1], 20, generator=torch.Generator().manual_seed(5))[0], y[0])
     greedy = generate(model, prompts, 20, temperature=0)
     for row, prompt, n in zip(greedy, tokens, lengths.tolist()):
         assert torch.equal(row, generate(model, prompt[None, :n], 27 - n, temperature=0)[0])
@@ -539,7 +539,7 @@ def test_three_steps_against_a_plain_loop(data, tmp_path, algo):
             if step % 2 == 0:
                 drawn = torch.randint(12, (4,), generator=spo.rng(0, spo.PROMPT, step))
                 given = lengths[drawn]
-                uniforms = torch.rand(4, 17 - given.min(), generator=spo.rng(0, spo.ROLLOUT, step))
+                uniforms = torch.rand(4, 16, generator=spo.rng(0, spo.ROLLOUT, step))
                 prompts = rows[drawn, 0, :given.max()]
                 rollouts = slow_generate(policy, prompts, uniforms, prompt_length=given).detach()
             reg = slow_kl(policy, ref, rollouts, given).mean()

@@ -95,7 +95,9 @@ def bench_training(args, table, policy, ref, sampler):
 
     def rollout():
         y = spo.sample(policy, spo.no_prompts(num_rollouts), length - 1, spo.rng(0), sampler)
-        rollouts[:] = spo.with_reference(ref, y, spo.response_mask(y), args.micro_batch_size)
+        parts = y.split(args.micro_batch_size)
+        with torch.no_grad():
+            rollouts[:] = [(part, spo.response_mask(part), ref.hidden(part[:, :-1])) for part in parts]
 
     def kl_gradient():
         for y, mask, ref_hidden in rollouts:

@@ -83,9 +83,7 @@ def fast_generate(model, prompt, max_new_tokens, generator=None):
     if device.type == "cpu":
         check_compiler()
     lengths = (prompt >= 0).sum(1)
-    shortest = int(lengths.min())
-    uniforms = torch.rand(B, P - shortest + max_new_tokens, generator=generator).to(device)
-    uniforms = F.pad(uniforms, (shortest - 1, 0))           # from here on the column is the position that is read
+    uniforms = torch.rand(B, P + max_new_tokens - 1, generator=generator).to(device)
     tokens = F.pad(prompt.masked_fill(prompt < 0, BOS), (0, max_new_tokens), value=BOS)
     pos = torch.zeros(1, dtype=torch.long, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)

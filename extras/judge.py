@@ -54,8 +54,7 @@ def paired_win_rate(r, r_ref, prefer=bradley_terry):
 def check_num_ref(num_ref, path):
     if num_ref < NUM_REF + MIN_DICTIONARY:
         raise UserError(f"{num_ref} samples in {path} are too few for the readability judge, whose dictionary is all "
-                        f"but the first {NUM_REF}: make another folder with `python prepare_data.py ... --data ... "
-                        "--num_ref 12000`.")
+                        f"but the first {NUM_REF}: create another folder, DATA=..., with ARGS='--num_ref 12000'.")
 
 
 def load_readability(path, model_args, tokenizer):
@@ -91,6 +90,7 @@ def make_judge(args, tokenizer, y_ref, paired=False):
         args.hashes["reward.pt"] = file_hash(path)
         model = load_reward_model(path, args.device)
     if args.judge == "readability":
+        spo.hash_files(args, "ref.npy")
         readability = load_readability(f"{args.data}/ref.npy", load(args.init).args, tokenizer)
 
     @torch.no_grad()
@@ -142,11 +142,17 @@ def evaluate_samples(args, policy, ref, y, mask):
 
 def get_prompts(args, model_args, n):
     """The prompts of n held-out rows, the first ones again where there are fewer -> (n, P) as spo.sample takes them."""
-    path = f"{args.data}/heldout_pairs.npy"
-    if not os.path.exists(path.replace(".npy", spo.PROMPT_LENGTH)):
+    lengths = [f"{args.data}/{name}{spo.PROMPT_LENGTH}" for name in ("pairs", "heldout_pairs")]
+    if not any(map(os.path.exists, lengths)):
         return spo.no_prompts(n)
-    heldout = spo.load_responses(path, model_args)
-    return heldout.prompts(torch.arange(n) % len(heldout))
+    if not all(map(os.path.exists, lengths)):
+        raise UserError(f"of {' and '.join(lengths)} one does not exist: evaluations need the held-out prompts.")
+    heldout = spo.load_responses(f"{args.data}/heldout_pairs.npy", model_args)
+    prompts = heldout.prompts(torch.arange(n) % len(heldout))
+    if prompts.shape[1] > args.max_new_tokens:
+        raise UserError(f"--max_new_tokens is {args.max_new_tokens}, but a prompt in {args.data}/heldout_pairs.npy has "
+                        f"{prompts.shape[1]} tokens, BOS included: give that many or more.")
+    return prompts
 
 
 def sample(args, model, prompts, *key):
@@ -175,6 +181,9 @@ def reference_samples(args, model, prompts):
         return sample(args, model, spo.no_prompts(NUM_REF), EVAL_REF)
     spo.hash_files(args, "ref.npy")
     tokens = spo.load_responses(f"{args.data}/ref.npy", model.args, 2, 1).tokens[:NUM_REF, 0]
+    if (tokens[:, -1] != BOS).any() and args.max_new_tokens >= tokens.shape[1]:
+        return sample(args, model, spo.no_prompts(NUM_REF), EVAL_REF)  # ref.npy has samples that were cut earlier
+    tokens = tokens[:, :1 + args.max_new_tokens]
     return spo.trim_padding(torch.from_numpy(tokens.astype("int64")).to(args.device))
 
 
@@ -203,7 +212,7 @@ def make_evaluate(args):
         print(wrap("sample", tokenizer.decode(y[0].tolist())), end="", flush=True)
         if step == args.steps:
             before, after = (tokenizer.decode(sample(args, m, prompts[:3], spo.SHOW).tolist()) for m in (ref, policy))
-            text = "".join(wrap("before", x) + wrap(" after", y) for x, y in zip(before, after))
+            text = "".join(wrap("before", a) + wrap(" after", b) for a, b in zip(before, after))
             print(text, end="", flush=True)
             with atomic_write(f"{args.out}/samples.txt") as f:
                 f.write(text.encode())
@@ -229,11 +238,13 @@ def best_evaluation(out, max_kl=math.inf):
     The evaluation with the highest win rate of the run in folder out, of those whose KL is at most max_kl; the first of
     equal ones -> dict.
     """
-    evaluations = [record for record in read_evaluations(out)
-                   if record.get("kl", 0.0) is not None and record.get("kl", 0.0) <= max_kl]
-    if not evaluations:
+    best = {"win_rate": -1.0}
+    for record in read_evaluations(out):
+        if spo.is_best(record, best["win_rate"], max_kl):
+            best = record
+    if "step" not in best:
         raise UserError(f"{out}/log.jsonl has no evaluation with a win rate: train with a --judge.")
-    return max(evaluations, key=lambda record: record["win_rate"])
+    return best
 
 
 def main(argv=None):

@@ -20,9 +20,9 @@ from extras.judge import best_evaluation, read_evaluations, read_log
 from model import Parser, UserError, atomic_write, file_hash, run_main
 from spo import MODELS
 
-# Each method is tuned over four settings by its mean peak on two seeds; the best one runs on other seeds. The peak is the
-# best evaluation of the first steps, with a KL within --max_kl; that model is evaluated again on 1,000 fresh samples,
-# since the highest of several is biased upwards. Training then continues to OVERTRAIN times as many steps.
+# Each method is tuned over as many settings by its mean peak on two seeds; the best one runs on other seeds. The peak is
+# the best evaluation of the first steps, with a KL within --max_kl; that model is evaluated again on 1,000 fresh
+# samples, since the highest of several is biased upwards. Training then continues to OVERTRAIN times as many steps.
 OVERTRAIN = 5
 TUNE_SEEDS = (100, 101)
 TOY_GRID = {
@@ -32,11 +32,12 @@ TOY_GRID = {
     "ipo": [f"--algo ipo --beta {beta} --lr {lr}" for beta in (0.03, 0.1) for lr in ("4e-4", "6e-4")],
     "slic": [f"--algo slic --delta 10 --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in ("4e-4", "6e-4")],
 }
+RATES = ("2e-5", "5e-5", "1e-4")
 REAL_GRID = {
-    "spo": [f"--algo spo --alpha 0.01 --beta {beta} --lr {lr}" for beta in (0.3, 0.5) for lr in ("5e-5", "1e-4")],
-    "dpo": [f"--algo dpo --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in ("5e-5", "1e-4")],
-    "ipo": [f"--algo ipo --beta {beta} --lr {lr}" for beta in (0.03, 0.1) for lr in ("5e-5", "1e-4")],
-    "slic": [f"--algo slic --delta 10 --beta {beta} --lr {lr}" for beta in (0.3, 1) for lr in ("5e-5", "1e-4")],
+    "spo": [f"--algo spo --alpha 0.01 --beta {beta} --lr {lr}" for beta in (0.3, 0.5) for lr in RATES],
+    "dpo": [f"--algo dpo --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in RATES],
+    "ipo": [f"--algo ipo --beta {beta} --lr {lr}" for beta in (0.03, 0.1) for lr in RATES],
+    "slic": [f"--algo slic --delta 10 --beta {beta} --lr {lr}" for beta in (0.3, 1) for lr in RATES],
 }
 JUDGE = {"stories260K": " --judge readability"}  # where it is not the model's default
 # Model -> steps, seeds, settings

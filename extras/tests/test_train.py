@@ -75,7 +75,7 @@ def test_a_run_starts_at_the_reference_and_resumes_exactly(world, tmp_path, monk
 
 
 def test_bfloat16_is_near_float32(world, tmp_path):
-    full, half = (run(world, tmp_path / dtype, "--dtype", dtype, "--log_every", "1", "--lr", "3e-3")
+    full, half = (run(world, tmp_path / dtype, "--dtype", dtype, "--log_every", "1")
                   for dtype in ("float32", "bfloat16"))
     for name, tolerance in dict(margin=1.5, chosen=3, reg=0.3).items():
         a, b = ([r[name] for r in log if "loss" in r] for log in (full, half))
@@ -203,7 +203,8 @@ def test_learning_rate_batches_and_seeds(world):
     assert [spo.get_lr(step, args) for step in (0, 4, 9, 10, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1])
     epochs = [torch.cat([spo.batch_indices(43, 8, 0, spo.BATCH, 5 * epoch + i) for i in range(5)]) for epoch in (0, 1)]
     assert all(len(epoch.unique()) == 40 for epoch in epochs) and not torch.equal(*epochs)
-    sizes = [len(y) for _, y, _ in spo.micro_batches(spo.Responses(np.ones((9, 4, 6), np.uint16)), torch.arange(9), 8, "cpu")]
+    data = spo.Responses(np.ones((9, 4, 6), np.uint16))
+    sizes = [len(y) for _, y, _ in spo.micro_batches(data, torch.arange(9), 8, "cpu")]
     assert sizes == [8, 8, 8, 8, 4]
 
 
@@ -307,6 +308,11 @@ def test_what_may_differ_when_resuming_and_nothing_else(world, tmp_path):
         with pytest.raises(model.UserError, match=f"was started with {name}"):
             run(str(data), tmp_path / "a", "--resume")
         shutil.copy(f"{world}/{name}", data)
+    other = model.load(f"{world}/sft.pt")
+    other.norm.weight.data[0] += 1
+    model.save(other, tmp_path / "other.pt")
+    with pytest.raises(model.UserError, match="was started with init"):
+        run(str(data), tmp_path / "a", "--resume", "--init", str(tmp_path / "other.pt"))
     with pytest.raises(model.UserError, match="is at step 2 already"):
         run(str(data), tmp_path / "a", "--resume", "--steps", "1")
     whole = torch.load(tmp_path / "a/ckpt.pt")
