@@ -1,9 +1,9 @@
 """Reads preferences, as text, from files and from the paper's release. Formats: docs/data.md."""
 import codecs
+import collections
 import functools
 import gzip
 import io
-import itertools
 import json
 import os
 import re
@@ -22,7 +22,6 @@ RELEASES = ("SPO-4159", "SP0-4159")  # the paper's text can be read either way
 EXPORT = "export it as JSON Lines, for example with to_json of the datasets library"
 FOREIGN = {b"PAR1": f"it is Parquet: {EXPORT}", b"ARROW1": f"it is Arrow: {EXPORT}",
            b"\xff\xff\xff\xff": f"it is an Arrow stream: {EXPORT}", b"PK\3\4": "it is a zip archive: unpack it"}
-CHUNK = 10_000  # rows in memory as text
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -116,15 +115,15 @@ def parse_preference(record):
 
 def open_utf8(f):
     """The content of the binary file f as UTF-8, unpacked, after a byte order mark. Raises ValueError."""
-    if f.read(2) == b"\x1f\x8b":
-        f.seek(0)
-        f = gzip.GzipFile(fileobj=f)
-    f.seek(0)
     start = f.read(8)
+    f.seek(0)
+    if start.startswith(b"\x1f\x8b"):
+        f = gzip.GzipFile(fileobj=f)
+        start = f.read(8)
+        f.seek(0)
     for magic, trouble in FOREIGN.items():
         if start.startswith(magic):
             raise ValueError(trouble)
-    f.seek(0)
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return io.BytesIO(f.read().decode("utf-16").encode())
     if b"\0" in start:
@@ -134,34 +133,30 @@ def open_utf8(f):
     return f
 
 
-def is_container(content):
-    """Whether content is a list of records, or an object of such lists, rather than one record."""
-    if isinstance(content, dict):
-        return not RESPONSES & content.keys() and any(isinstance(part, list) for part in content.values())
-    return isinstance(content, list)
-
-
-def are_json_lines(first, second):
-    """Whether the first two lines of a file that are not empty are those of JSON Lines, not of one JSON text."""
-    try:
-        content = json.loads(first)
-    except ValueError:
-        if not first.lstrip().startswith((b"{", b"[")):
-            raise ValueError(f"it is not JSON but text, or CSV: {EXPORT}") from None
-        return False
-    return bool(second) or not is_container(content)
+def list_records(content):
+    """The records in a JSON text: a list, an object of lists, or a single record."""
+    if isinstance(content, dict) and not RESPONSES & content.keys():
+        lists = [part for part in content.values() if isinstance(part, list)]
+        if lists:
+            return [record for part in lists for record in part]
+    return content if isinstance(content, list) else [content]
 
 
 def read_items(f):
     """
-    Yields "line 3" or "item 3", and the record, of JSON Lines a line at a time, of a list or an object of lists after
-    reading all of it. f: a binary file of UTF-8. Raises ValueError.
+    Yields "line 3" or "item 3", and the record, of JSON Lines a line at a time, of one JSON text after reading
+    all of it. f: a binary file of UTF-8. Raises ValueError.
     """
     start = f.tell()
     lines = (line for line in f if line.strip())
     first, second = next(lines, b""), next(lines, b"")
     f.seek(start)
-    if first and are_json_lines(first, second):
+    try:
+        content = json.loads(first)
+        is_lines = second != b"" or list_records(content) == [content]
+    except ValueError:
+        is_lines = False
+    if is_lines:
         for number, line in enumerate(f, 1):
             if line.strip():
                 try:
@@ -169,13 +164,11 @@ def read_items(f):
                 except ValueError as error:
                     raise ValueError(f"line {number}: {error}") from None
                 yield f"line {number}", record
+    elif first.lstrip().startswith((b"{", b"[")):
+        for number, record in enumerate(list_records(json.load(f)), 1):
+            yield f"item {number}", record
     elif first:
-        content = json.load(f)
-        items = content if isinstance(content, list) else [content]
-        if isinstance(content, dict) and is_container(content):
-            items = [item for part in content.values() if isinstance(part, list) for item in part]
-        for number, item in enumerate(items, 1):
-            yield f"item {number}", item
+        raise ValueError(f"it is not JSON but text, or CSV: {EXPORT}")
 
 
 def read_records(files):
@@ -189,15 +182,13 @@ def read_records(files):
             raise UserError(f"{name}, {error}.") from None
 
 
-def read_rows(files, kind, all_kinds=False):
-    """Yields prompt and responses, best first, of each preference of a kind; of all kinds the first and the last."""
+def read_rows(files, kind):
+    """Yields prompt and responses, best first, of rows of a kind; None: of all rows, the first and last response."""
     for _, record in read_records(files):
         row_kind, prompt, responses = parse_preference(record)
-        if not all(text.strip() for text in responses):
-            continue
-        if all_kinds:
-            yield prompt, [responses[0], responses[-1]]
-        elif row_kind == kind:
+        if kind is None:
+            responses = [responses[0], responses[-1]]
+        if kind in (None, row_kind) and all(text.strip() for text in responses):
             yield prompt, responses
 
 
@@ -207,7 +198,7 @@ def import_preferences(source, files):
     iterator over rows (prompt, responses), best first, which reads the files anew, all of which are checked here}.
     Without pairs, these are the first and the last response of each row.
     """
-    counts, widths, unread, num_empty = {}, {}, set(), 0
+    counts, widths, unread, num_empty = collections.Counter(), {}, set(), 0
     for where, record in read_records(files):
         try:
             kind, _, responses = parse_preference(record)
@@ -218,38 +209,21 @@ def import_preferences(source, files):
             raise UserError(f"{where}: it has {len(responses)} responses, those before it {width}.")
         unread |= unread_fields(record)
         if all(text.strip() for text in responses):
-            counts[kind] = counts.get(kind, 0) + 1
+            counts[kind] += 1
         else:
             num_empty += 1
     if not counts:
         raise UserError(f"{source} holds no preferences ({num_empty} rows with an empty response): give a file of JSON "
                         "Lines or JSON, or a folder of such files.")
-    print(f"{source}: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; left out, with an empty response: "
-          f"{num_empty}")
+    kinds = ", ".join(f"{n} {kind}" for kind, n in counts.items())
+    print(f"{source}: {kinds}; left out, with an empty response: {num_empty}")
     if unread:
         print(f"  fields that are not read: {', '.join(sorted(unread))}")
+    rows = {kind: read_rows(files, kind) for kind in ("ranked", "best", "pairs") if kind in counts}
     if "pairs" not in counts:
         print("  pairs are the first and the last response of each row")
-    rows = {kind: read_rows(files, kind) for kind in ("ranked", "best") if kind in counts}
-    rows["pairs"] = read_rows(files, "pairs", "pairs" not in counts)  # the last file to be written
-    return rows
-
-
-def encode_rows(tokenizer, rows):
-    """
-    Rows of (prompt, responses) as text -> the same as lists of tokens, a chunk at a time. Each response has its prompt
-    before it and is encoded with it: as the model reads it.
-    """
-    rows = iter(rows)
-    chunk = list(itertools.islice(rows, CHUNK))
-    while chunk:
-        texts = []
-        for prompt, responses in chunk:
-            texts += [prompt, *(prompt + response for response in responses)]
-        tokens = iter(tokenizer.encode(texts))
-        for _, responses in chunk:
-            yield next(tokens), [next(tokens) for _ in responses]
-        chunk = list(itertools.islice(rows, CHUNK))
+        rows["pairs"] = read_rows(files, None)
+    return rows  # pairs last: where their file exists, all do
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -280,25 +254,24 @@ def find_files(source):
         if not paths:
             raise UserError(f"{source} holds no file that ends with {', '.join(ENDINGS[:4])}: name a file itself.")
         return paths
-    if os.path.exists(source):
-        return [source]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.endswith(ENDINGS):
-        raise UserError(f"{source} does not exist; if it is a data set of the Hugging Face hub, {EXPORT}, and give "
-                        "that file.")
-    raise UserError(f"{source} does not exist: --source takes a file of preferences or a folder of them, made, or "
-                    "released.")
+    if not os.path.exists(source):
+        remedy = "--source takes a file of preferences or a folder of them, made, or released"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.endswith(ENDINGS):
+            remedy = f"if it is a data set of the Hugging Face hub, {EXPORT}, and give that file"
+        raise UserError(f"{source} does not exist: {remedy}.")
+    return [source]
 
 
 def read_preferences(folder):
     """The preferences of folder's source -> as import_preferences; {} where its token files exist, or are not text."""
     source = folder.settings["source"]
-    complete = folder.has("pairs.npy", "heldout_pairs.npy", *folder.files)
     if source in (None, "toy", "made"):
         return {}
-    if source == "released":
-        return {} if complete else download_released_pairs()
-    if complete and not os.path.exists(source):
+    complete = folder.has("pairs.npy", "heldout_pairs.npy", *folder.files)
+    if complete and (source == "released" or not os.path.exists(source)):
         return {}
+    if source == "released":
+        return download_released_pairs()
     paths = find_files(source)
     folder.check_input("source", {os.path.basename(path): file_hash(path) for path in paths})
     if complete:

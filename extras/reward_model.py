@@ -5,11 +5,13 @@ likelihood under Bradley-Terry (Eq. 2). prepare_data.py saves it as reward.pt, w
 import copy
 import math
 
+import numpy as np
 import torch
 import torch.nn as nn
 
-from model import UserError, build_model, load, load_checkpoint, upcast
-from spo import BATCH, Responses, batch_indices, micro_batches, spo_loss
+from extras.token_files import PAIR_FILES
+from model import UserError, build_model, load, load_checkpoint, save, upcast, wrap
+from spo import BATCH, Responses, batch_indices, micro_batches, model_defaults, spo_loss
 
 
 def make_reward_head(model):
@@ -108,3 +110,26 @@ def heldout_accuracy(model, pairs, micro_batch_size, device="cpu"):
     print(f"on {len(pairs)} other held-out pairs:\n  accuracy {accuracy:.3f}, standard error {accuracy_error:.3f}\n"
           f"  margin {margin:.3f}, standard error {margin_error:.3f}", flush=True)
     return accuracy
+
+
+def save_reward_model(folder, device="cpu"):
+    """
+    Fits a reward model to the DataFolder's pairs.npy; saves it as reward.pt if it is better than chance. One half of
+    the held-out pairs says which step to keep, the other, whose accuracy is therefore unbiased, how good it is.
+    """
+    settings = folder.settings
+    pairs, heldout_pairs = (np.load(f"{folder.path}/{name}") for name in PAIR_FILES)
+    selection, test = heldout_pairs[::2], heldout_pairs[1::2]
+    reason = f"only {len(heldout_pairs)} held-out pairs, and a test takes 10"
+    if len(test) >= 5:
+        micro_batch_size = model_defaults(settings["model"])["micro_batch_size"]
+        model = fit_reward_model(f"{folder.path}/sft.pt", pairs, selection, settings["reward_steps"], micro_batch_size,
+                                 settings["seed"], device)
+        accuracy = heldout_accuracy(model, test, micro_batch_size, device)
+        lowest = 0.5 + len(test) ** -0.5  # above chance by two standard errors of a fair coin
+        if accuracy > lowest:
+            with folder.new_file("reward.pt") as path:
+                return save(model, path)
+        reason = f"accuracy {accuracy:.3f} on {len(test)} held-out pairs is not above {lowest:.3f}"
+    settings["no_reward_model"] = reason  # so that it is not fitted again, and the judge can say why there is none
+    print(wrap(f"no reward model: {reason}"))

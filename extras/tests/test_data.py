@@ -14,7 +14,7 @@ import torch
 
 import prepare_data
 import spo
-from extras import toyworld
+from extras import token_files, toyworld
 from extras.data_folder import open_folder
 from extras.tests.conftest import ROOT, TINY, TOKENIZER
 from model import UserError, export, file_hash, load, load_tokenizer, save
@@ -52,13 +52,6 @@ def texts(folder, *names):
     return [tokenizer.decode(row.tolist()) for row in rows]
 
 
-def test_a_folder_depends_on_the_seed_and_on_nothing_else(tmp_path):
-    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        prepare_toy(tmp_path / name, *SMALLEST, "--seed", seed)
-    a, b, c = (hashes(tmp_path / name) for name in "abc")
-    assert a == b and a.keys() == c.keys() and not set(a.values()) & set(c.values())
-
-
 def test_the_files_are_what_they_say(world):
     shapes = {name: np.load(f"{world}/{name}.npy").shape[:2] for name in ("stories", "pairs", "ranked", "ref")}
     assert shapes == dict(stories=(200, 1), pairs=(48, 2), ranked=(24, 4), ref=(64, 1))
@@ -71,10 +64,13 @@ def test_the_files_are_what_they_say(world):
     assert {**recorded, "settings.json": file_hash(f.name)} == hashes(world)
 
 
-def test_pairs_are_labelled_by_the_experts_taste_with_draws_of_the_seed(tmp_path):
-    data = tmp_path / "data"
-    prepare_data.main(["toy-naive", "--data", str(data), "--tokenizer", TOKENIZER, *SMALLEST, "--seed", "3",
-                       "--num_pairs", "60"])
+def test_a_folder_depends_on_the_seed_alone_and_pairs_on_the_experts_taste(tmp_path):
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        prepare_data.main(["toy-naive", "--data", str(tmp_path / name), "--tokenizer", TOKENIZER, *SMALLEST,
+                           "--num_pairs", "60", "--seed", seed])
+    a, b, c = (hashes(tmp_path / name) for name in "abc")
+    assert a == b and a.keys() == c.keys() and not set(a.values()) & set(c.values())
+    data = tmp_path / "a"
     assert texts(data, "stories")[0] == write_stories(1, seed=6)
     assert texts(data, "heldout")[0] == write_stories(1, seed=7)
     y = spo.sample(load(data / "sft.pt"), spo.no_prompts(120), 100, spo.rng(3, prepare_data.PAIRS)).view(60, 2, -1)
@@ -162,11 +158,9 @@ def test_settings_are_kept_and_others_refused(world, tmp_path, monkeypatch):
 
 
 def test_preferences_of_the_users_for_the_toy_model(tmp_path, capsys):
-    source = pairs_file(tmp_path, write_stories(40))
-    flags = ["--num_stories", "32", "--sft_steps", "1", *FEW]
-    prepare_toy(tmp_path / "data", "--source", source, *flags)
-    rows = texts(tmp_path / "data", "pairs", "heldout_pairs")
     stories = write_stories(40)
+    prepare_toy(tmp_path / "data", "--source", pairs_file(tmp_path, stories), *SMALLEST[:4], *FEW)
+    rows = texts(tmp_path / "data", "pairs", "heldout_pairs")
     assert sorted(rows) == sorted([list(pair) for pair in zip(stories[::2], stories[1::2])])
     assert not os.path.exists(tmp_path / "data/ranked.npy")
     assert capsys.readouterr().out.count("still judged by the toy world's expert") == 1
@@ -270,7 +264,7 @@ def test_a_run_killed_at_any_moment_continues(published, tmp_path, monkeypatch):
         run(*flags)
         assert hashes(data) == whole, moment
     os.remove(data / "pairs.npy")
-    monkeypatch.setattr(prepare_data, "is_held_out", lambda prompt, responses: responses[0][0] % 2)
+    monkeypatch.setattr(token_files, "is_held_out", lambda prompt, responses: responses[0][0] % 2)
     with pytest.raises(UserError, match="another pairs.npy before"):
         run()
     assert not (data / "pairs.npy").exists()
@@ -328,24 +322,26 @@ def test_a_checkpoint_of_the_users_does_not_replace_another(published, tmp_path)
     assert hashes(data) == before
 
 
-@pytest.mark.parametrize("name", ["pairs.npy", "ref.npy", "sft.pt"])
-def test_a_truncated_file_of_ours_is_moved_aside_and_made_again(tmp_path, capsys, name):
+def test_a_truncated_file_of_ours_is_moved_aside_and_made_again(tmp_path, capsys):
     data = tmp_path / "data"
     prepare_toy(data, *SMALLEST)
-    before, whole = hashes(data), (data / name).read_bytes()
-    (data / name).write_bytes(whole[:-1000])
-    prepare_toy(data)
-    assert f"{name} is damaged: moved to" in capsys.readouterr().out
-    cut = file_hash(data / f"{name}.damaged")
-    assert hashes(data) == before | {f"{name}.damaged": cut} and cut != before[name]
-    (data / name).write_bytes(whole[:-2000])  # damaged again: the earlier one is not replaced
-    with pytest.raises(UserError, match=f"{name} was not written by prepare_data.py, or was changed since"):
+    before = hashes(data)
+    for name in ("pairs.npy", "ref.npy", "sft.pt"):
+        whole = (data / name).read_bytes()
+        (data / name).write_bytes(whole[:-1000])
         prepare_toy(data)
-    if name.endswith(".npy"):
-        np.save(data / name, np.load(f"{data}/heldout_pairs.npy"))  # whole, but another
-        os.remove(data / f"{name}.damaged")
-        with pytest.raises(UserError, match="or was changed since"):
+        assert f"{name} is damaged: moved to" in capsys.readouterr().out
+        cut = file_hash(data / f"{name}.damaged")
+        assert hashes(data) == before | {f"{name}.damaged": cut} and cut != before[name]
+        (data / name).write_bytes(whole[:-2000])  # damaged again: the earlier one is not replaced
+        with pytest.raises(UserError, match=f"{name} was not written by prepare_data.py, or was changed since"):
             prepare_toy(data)
+        os.remove(data / f"{name}.damaged")
+        if name.endswith(".npy"):
+            np.save(data / name, np.load(f"{data}/heldout_pairs.npy"))  # whole, but another
+            with pytest.raises(UserError, match="or was changed since"):
+                prepare_toy(data)
+        (data / name).write_bytes(whole)
 
 
 def test_two_at_once(published):

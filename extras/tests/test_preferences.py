@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import prepare_data
-from extras import make_pairs, preferences, toyworld
+from extras import make_pairs, preferences, token_files, toyworld
 from extras.data_folder import open_folder
-from extras.tests.conftest import ROOT, TOKENIZER
+from extras.tests.conftest import ROOT
 from extras.tests.test_data import FEW, hashes, pairs_file, texts, write_stories
+from extras.token_files import PAIR_FILES, encode_rows, save_preferences
 from model import BOS, UserError, file_hash, load_tokenizer
 
 LONG = "a " * 120
@@ -90,39 +91,43 @@ def test_what_has_no_prompt_and_what_is_not_read(capsys):
 class MergingTokenizer:
     """A character is a token, its code; but "ab" is one token, 7. Unknown are digits, 0."""
 
-    def encode(self, texts):
-        return [[0 if c.isdigit() else ord(c) for c in text.replace("ab", "\7")] for text in texts]
+    def encode(self, text):
+        return [0 if c.isdigit() else ord(c) for c in text.replace("ab", "\7")]
+
+
+def load_pairs(path):
+    """The rows of pairs.npy, then heldout_pairs.npy -> tokens (N, 2, T), lengths (N,) of their prompts or None."""
+    y = np.concatenate([np.load(path / name) for name in PAIR_FILES])
+    files = [path / name.replace(".npy", "_prompt_length.npy") for name in PAIR_FILES]
+    assert y.dtype == np.uint16 and files[0].exists() == files[1].exists()
+    return y, np.concatenate([np.load(file) for file in files]) if files[0].exists() else None
 
 
 @pytest.fixture
 def save(tmp_path, monkeypatch):
-    """A function that saves rows of texts as pairs, the last one held out -> their tokens, prompt lengths or None."""
+    """A function that saves rows of texts as pairs, the last one held out -> as load_pairs."""
     counter = iter(range(99))
-    monkeypatch.setattr(prepare_data, "is_held_out", lambda prompt, responses: False)
+    monkeypatch.setattr(token_files, "is_held_out", lambda prompt, responses: False)
 
     def run(rows, limit=8, **settings):
         path = tmp_path / f"saved{next(counter)}"
         with open_folder(str(path)) as folder:
             folder.settings = dict(max_new_tokens=limit, **settings)
-            rows = preferences.encode_rows(MergingTokenizer(), rows)
-            prepare_data.save_preferences(folder, "pairs", rows, 0)
-            folder.save()
-        files = [path / name.replace(".npy", "_prompt_length.npy") for name in prepare_data.PAIR_FILES]
-        y = np.concatenate([np.load(path / name) for name in prepare_data.PAIR_FILES])
-        assert y.dtype == np.uint16 and files[0].exists() == files[1].exists()
-        return y.tolist(), np.concatenate(list(map(np.load, files))).tolist() if files[0].exists() else None
+            save_preferences(folder, "pairs", encode_rows(MergingTokenizer(), rows), 0)
+        return load_pairs(path)
     return run
 
 
 def test_a_row_of_tokens_and_the_length_of_its_prompt(save):
     """A token that a response shares with its prompt's end is the response's; the prompt counts for the limit."""
     x, a, b, c, d = map(ord, "xabcd")
-    assert save([("", ["x", "cd"]), ("", ["ccccccccc", "d"])]) == ([
-        [[1, x, *[1] * 7], [1, c, d, *[1] * 6]], [[1, *[c] * 8], [1, d, *[1] * 7]]], None)
+    y, lengths = save([("", ["x", "cd"]), ("", ["ccccccccc", "d"])])
+    assert lengths is None
+    assert y.tolist() == [[[1, x, *[1] * 7], [1, c, d, *[1] * 6]], [[1, *[c] * 8], [1, d, *[1] * 7]]]
     y, lengths = save([("xa", ["b", "c"]), ("xa", ["cd", "d"]), ("", ["xc", "xd"]), ("xabc", ["d", "c"])])
-    assert y == [[[1, x, 7, 1, 1, 1], [1, x, a, c, 1, 1]], [[1, x, a, c, d, 1], [1, x, a, d, 1, 1]],
-                 [[1, x, c, 1, 1, 1], [1, x, d, 1, 1, 1]], [[1, x, 7, c, d, 1], [1, x, 7, c, c, 1]]]
-    assert lengths == [2, 3, 1, 4]
+    assert y.tolist() == [[[1, x, 7, 1, 1, 1], [1, x, a, c, 1, 1]], [[1, x, a, c, d, 1], [1, x, a, d, 1, 1]],
+                          [[1, x, c, 1, 1, 1], [1, x, d, 1, 1, 1]], [[1, x, 7, c, d, 1], [1, x, 7, c, c, 1]]]
+    assert lengths.tolist() == [2, 3, 1, 4]
 
 
 def test_what_is_cut_and_left_out_is_counted_before_it_is(save, capsys):
@@ -167,24 +172,28 @@ def test_rows_of_many_responses_from_text_to_tokens_and_back(published, tmp_path
     assert lengths == [f"{name}_prompt_length.npy" for name in ("heldout_pairs", "pairs", "ref")]
 
 
-def test_rows_are_held_out_by_prompt_or_else_by_their_responses(published, tmp_path):
-    """One in twenty; the same prompt is on one side."""
-    data, run = published
-    stories = write_stories(800)
-    prompts = 2 * [story[:40] for story in stories[1:400:4]]
-    records = [dict(chosen=a, rejected=b) for a, b in zip(stories[:400:2], stories[1:400:2])]
-    records += [dict(prompt=x, chosen=a, rejected=b) for x, a, b in zip(prompts, stories[400::2], stories[401::2])]
-    (tmp_path / "p.jsonl").write_bytes(dump(records))
-    run("--source", str(tmp_path / "p.jsonl"), *FEW)
-    sides = collections.defaultdict(set)
-    for side, name in enumerate(("pairs", "heldout_pairs")):
-        lengths = np.load(data / f"{name}_prompt_length.npy")
-        assert len(lengths) == len(np.load(data / f"{name}.npy")) and (lengths > 1).any() and (lengths == 1).any()
-        assert 0.4 < (lengths == 1).mean() < 0.6 or side
-        for row, length in zip(np.load(data / f"{name}.npy"), lengths):
-            key = row[0, :length] if length > 1 else np.sort(row, 0)
-            sides[key.tobytes()].add(side)
-    assert all(len(side) == 1 for side in sides.values()) and len(sides) < 310
+def test_rows_are_held_out_by_prompt_or_else_by_their_responses(tmp_path):
+    """One in twenty; the same prompt is on one side, and without one the same responses in any order."""
+    y = np.random.default_rng(0).integers(2, 600, (4000, 3, 5)).tolist()
+    rows = [(x, [x + a, x + b]) for x, a, b in y[:2000]]
+    rows += [(x, [x + a, x + b]) for (x, _, _), (_, a, b) in zip(y[:2000], y[2000:])]
+    rows += [([], [a, b]) for _, a, b in y] + [([], [b, a]) for _, a, b in y]
+    sides = collections.defaultdict(list)
+    with open_folder(str(tmp_path / "data")) as folder:
+        folder.settings = dict(max_new_tokens=20)
+        save_preferences(folder, "pairs", rows, 0)
+        for name in PAIR_FILES:
+            lengths = np.load(f"{folder.path}/{name.replace('.npy', '_prompt_length.npy')}")
+            for row, length in zip(np.load(f"{folder.path}/{name}"), lengths, strict=True):
+                key = row[0, :length] if length > 1 else np.sort(row, 0)
+                sides[length, key.tobytes()].append(name)
+    assert len(sides) == 6000 and all(names in ([names[0]] * 2,) for names in sides.values())
+    for length, n in ((6, 2000), (1, 4000)):
+        held_out = [names[0] == PAIR_FILES[1] for (key, _), names in sides.items() if key == length]
+        assert len(held_out) == n and 0.03 < np.mean(held_out) < 0.065
+    for given, prompts, expected in (([0, 1, 0], [1, 1, 1], [0, 1, 0]), ([0, 0, 0], [5, 6, 5], [1, 0, 1]),
+                                     ([1, 1, 1], [5, 6, 6], [0, 1, 1]), ([1, 1], [5, 5], [0, 1])):
+        assert token_files.hold_out_some(np.array(given) > 0, np.array(prompts)).tolist() == expected
 
 
 REAL = f"{ROOT}/../shared/real"
@@ -198,11 +207,9 @@ def test_every_row_of_real_files(tmp_path, name, limit, kept):
     tokenizer = load_tokenizer(f"{REAL}/tok512.model", 512)
     with open_folder(str(tmp_path / "data")) as folder:
         folder.settings = dict(source=f"{REAL}/{name}.json", max_new_tokens=limit)
-        rows = preferences.encode_rows(tokenizer, preferences.read_preferences(folder)["pairs"])
-        prepare_data.save_preferences(folder, "pairs", rows, tokenizer.unk_id())
-    files = [f"{tmp_path}/data/{file}" for file in prepare_data.PAIR_FILES]
-    lengths = np.concatenate([np.load(file.replace(".npy", "_prompt_length.npy")) for file in files])
-    rows = np.concatenate([np.load(file) for file in files])
+        rows = encode_rows(tokenizer, preferences.read_preferences(folder)["pairs"])
+        save_preferences(folder, "pairs", rows, tokenizer.unk_id())
+    rows, lengths = load_pairs(tmp_path / "data")
     expected = set()
     with open(f"{REAL}/{name}.json") as f:
         records = json.load(f)
@@ -215,17 +222,6 @@ def test_every_row_of_real_files(tmp_path, name, limit, kept):
         if row[0] != row[1] and length <= limit:
             expected.add((length, np.array(row, np.uint16)[:, :rows.shape[2]].tobytes()))
     assert {(length, row.tobytes()) for length, row in zip(lengths, rows)} == expected and len(rows) == kept
-
-
-def test_which_rows_are_held_out():
-    rows = np.random.default_rng(0).integers(2, 600, (2000, 2, 5)).tolist()
-    held_out = [prepare_data.is_held_out([], row) for row in rows]
-    assert 60 < sum(held_out) < 130 and held_out == [prepare_data.is_held_out([], row[::-1]) for row in rows]
-    assert [prepare_data.is_held_out(row[0], row) for row in rows] == [
-        prepare_data.is_held_out(row[0], other) for row, other in zip(rows, rows[1:] + rows[:1])] != held_out
-    for given, prompts, expected in (([0, 1, 0], [1, 1, 1], [0, 1, 0]), ([0, 0, 0], [5, 6, 5], [1, 0, 1]),
-                                     ([1, 1, 1], [5, 6, 6], [0, 1, 1]), ([1, 1], [5, 5], [0, 1])):
-        assert prepare_data.hold_out_some(np.array(given) > 0, np.array(prompts)).tolist() == expected
 
 
 @pytest.mark.parametrize("line, words", [
@@ -279,30 +275,25 @@ def test_which_files_of_a_folder_are_read_and_what_does_not_exist(tmp_path):
             preferences.find_files(source)
 
 
-def test_the_release_under_its_second_spelling(published, tmp_path, mirror, monkeypatch):
+def test_the_release_is_dead_and_then_found_under_its_second_spelling(published, tmp_path, mirror, monkeypatch):
     data, run = published
     stories, archive = write_stories(60), io.BytesIO()
     with zipfile.ZipFile(archive, "w") as f:
         f.writestr("README.md", "{")
         f.write(pairs_file(tmp_path, stories), "../../evil.jsonl")
     monkeypatch.setenv("RELEASE_ENDPOINT", mirror.url)
-    mirror.replies = [(410, b"", None), (206, archive.getvalue(), 50), (200, archive.getvalue(), None)]
-    before = set(tmp_path.rglob("*"))
-    run("--source", "released", *FEW)
-    assert {path.parent for path in set(tmp_path.rglob("*")) - before} == {data}  # the archive's names are not used
-    assert sorted(texts(data, "pairs", "heldout_pairs")) == sorted(map(list, zip(stories[::2], stories[1::2])))
-    run()
-    assert [path.split("/")[3] for path, _ in mirror.asked] == ["SPO-4159", "SP0-4159", "SP0-4159"]
-
-
-def test_a_dead_release_says_what_else_there_is(published, mirror, monkeypatch):
-    data, run = published
-    before = hashes(data)
-    monkeypatch.setenv("RELEASE_ENDPOINT", mirror.url)
+    before, files = hashes(data), set(tmp_path.rglob("*"))
     mirror.replies = [(410, b"", None), (200, b"<html>", None)]
     with pytest.raises(UserError, match="answers 410.*not a zip file.*use --source made, or name a folder"):
         run("--source", "released", *FEW)
     assert hashes(data) == before
+    mirror.asked.clear()
+    mirror.replies = [(410, b"", None), (206, archive.getvalue(), 50), (200, archive.getvalue(), None)]
+    run("--source", "released", *FEW)
+    assert {path.parent for path in set(tmp_path.rglob("*")) - files} == {data}  # the archive's names are not used
+    assert sorted(texts(data, "pairs", "heldout_pairs")) == sorted(map(list, zip(stories[::2], stories[1::2])))
+    run()
+    assert [path.split("/")[3] for path, _ in mirror.asked] == ["SPO-4159", "SP0-4159", "SP0-4159"]
 
 
 @pytest.mark.parametrize("verdict, swapped, outcome", [
@@ -350,7 +341,7 @@ def test_made_pairs_are_the_models_own_tokens(published, monkeypatch, capsys):
         records = [json.loads(line) for line in f]
     assert sorted([x["chosen"], x["rejected"]] for x in records) == sorted(expected)
     sampled = {y.tobytes().rstrip(b"\0\1") for y in np.load(data / "made.npy").reshape(96, -1)}
-    kept = np.concatenate([np.load(data / name) for name in prepare_data.PAIR_FILES])  # not tokens of its text
+    kept, _ = load_pairs(data)  # not tokens of its text
     assert {y.tobytes().rstrip(b"\0\1") for y in kept.reshape(48, -1)} <= sampled
     assert sorted(texts(data, "pairs", "heldout_pairs")) == sorted(expected)
 

@@ -20,6 +20,7 @@ import spo
 from extras import judge, readability, toyworld
 from extras.readability import Readability, grade_level, split_text
 from extras.tests.conftest import TOKENIZER
+from extras.token_files import pad
 from model import UserError, generate, load, load_tokenizer
 
 
@@ -134,7 +135,7 @@ def to_tokens(tokenizer, stories, n=1):
     """The stories as rows of n -> (N, n, 101)."""
     tokens = [story[:99] for story in tokenizer.encode(stories)]
     lengths = np.array([len(story) for story in tokens]).reshape(-1, n)
-    return torch.from_numpy(prepare_data.pad(np.concatenate(tokens), lengths, 101).astype(int))
+    return torch.from_numpy(pad(np.concatenate(tokens), lengths, 101).astype(int))
 
 
 @pytest.fixture

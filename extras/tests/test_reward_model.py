@@ -89,9 +89,9 @@ def test_a_reward_model_no_better_than_chance_is_not_kept(world, tmp_path, monke
             del folder.files[name]
             folder.save_tokens(name, rows)
         folder.settings["reward_steps"] = 40
-        prepare_data.save_reward_model(folder)
+        reward_model.save_reward_model(folder)
         folder.save()
-    monkeypatch.setattr(prepare_data, "fit_reward_model", lambda *_: pytest.fail("it is fitted again"))
+    monkeypatch.setattr(reward_model, "fit_reward_model", lambda *_: pytest.fail("it is fitted again"))
     prepare_data.main(["toy", "--data", data, "--tokenizer", TOKENIZER])
     args = spo.get_args(["--judge", "reward", "--data", data])
     tokens = torch.from_numpy(y[:3, 0].astype(int))
