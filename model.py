@@ -231,7 +231,8 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, generat
         assert P + max_new_tokens <= model.args.max_seq_len + 1, f"the model reads {model.args.max_seq_len} tokens"
     lengths = (prompt >= 0).sum(1)                      # (B,)
     shortest = int(lengths.min())
-    assert 0 < shortest and (prompt[:, :shortest] >= 0).all(), "prompts hold a token or more, and -1 only at their end"
+    at_end = (torch.arange(P, device=prompt.device) >= lengths[:, None]) == (prompt < 0)
+    assert shortest > 0 and at_end.all(), "prompts must hold a token or more, and -1 only at their end"
     device = prompt.device if generator is None else generator.device
     uniforms = torch.rand(B, P + max_new_tokens - 1, generator=generator, device=device).to(prompt.device)
     tokens = F.pad(prompt.masked_fill(prompt < 0, BOS), (0, max_new_tokens), value=BOS)

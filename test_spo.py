@@ -474,7 +474,7 @@ def test_prompts_of_mixed_lengths_are_each_continued_as_if_alone():
     for row, prompt, n in zip(greedy, tokens, lengths.tolist()):
         assert torch.equal(row, generate(model, prompt[None, :n], 27 - n, temperature=0)[0])
     with pytest.raises(AssertionError, match="-1 only at their end"):
-        generate(model, torch.tensor([[1, -1, 3], [1, 2, 3]]), 4)
+        generate(model, torch.tensor([[1, -1, -1, -1], [1, 2, -1, 3]]), 4)
 
 
 # ---------------------------------------------------------------------------------------------------
