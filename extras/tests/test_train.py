@@ -216,11 +216,13 @@ def test_defaults_are_e2s_and_one_flag_belongs_to_one_algorithm(capsys):
     assert (args.batch_size, args.steps, args.warmup) == (128, 40000, 5000)
     assert (args.num_rollouts, args.rollout_every) == (32, 8)
     assert args.tokenizer == "data/stories110M/tokenizer.model" and args.init == "data/stories110M/sft.pt"
-    assert spo.get_args(["--model", "toy-naive"]).judge == "toy-naive"
+    assert args.lr == 4.2e-6 and spo.get_args(["--model", "mine", "--data", "extras", "--algo", "dpo"]).lr == 2e-5
+    toy = spo.get_args(["--model", "toy-naive", "--algo", "dpo"])
+    assert (toy.judge, toy.lr, toy.beta) == ("toy-naive", 4e-4, 0.3) and spo.get_args([]).lr == 2e-4
     others = ("", "--seed 1", "--algo dpo", "--beta 0.1", "--model toy-naive")
     outs = [spo.get_args(flags.split()).out for flags in others]
     assert len(set(outs)) == 5 and outs[0] == "out/toy-spo-alpha0.01-beta0.05-gamma0-seed0"
-    assert spo.get_args(["--algo", "dpo", "--data", "data/toy-8000/"]).out == "out/toy-8000-dpo-beta0.1-seed0"
+    assert spo.get_args(["--algo", "dpo", "--data", "data/toy-8000/"]).out == "out/toy-8000-dpo-beta0.3-seed0"
     for algo, own in spo.ALGOS.items():
         with contextlib.suppress(SystemExit):
             spo.get_args(["--algo", algo, "--help"])
