@@ -785,8 +785,8 @@ def stop_on_signal():
 
     def handler(number, frame):
         stop.set()
-        for other in signals:
-            signal.signal(other, signal.SIG_DFL)
+        for other in signals:  # a shell that is closed may send SIGHUP twice
+            signal.signal(other, signal.SIG_IGN if other == signal.SIGHUP else signal.SIG_DFL)
         if number == signal.SIGHUP and on_terminal:  # it is closed, and printing to it would fail
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)

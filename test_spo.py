@@ -462,7 +462,8 @@ def test_prompts_of_mixed_lengths_are_each_continued_as_if_alone():
     model, generator = tiny(30).double(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         model.tok_embeddings.weight.div_(10)
-    tokens, lengths = torch.randint(2, 30, (40, 7), generator=generator), torch.randint(2, 8, (40,), generator=generator)
+    tokens = torch.randint(2, 30, (40, 7), generator=generator)
+    lengths = torch.randint(2, 8, (40,), generator=generator)
     lengths[:2] = torch.tensor([2, 7])
     prompts = tokens.masked_fill(torch.arange(7) >= lengths[:, None], -1)
     y = generate(model, prompts, 20, generator=torch.Generator().manual_seed(5))

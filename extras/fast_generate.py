@@ -44,7 +44,8 @@ def attend(attention, x, freqs_cis, keys, values, pos):
 def sample_step(model, cache, tokens, uniforms, lengths, finished, finite, pos):
     """
     Reads tokens (B, length) at pos, writes them at pos + 1 unless they are the prompt's there, and advances pos; all in
-    place. lengths (B,): of the prompts. finished (B,): the rows that have ended. finite: whether all logits so far were; model.sample_token asks at once, so it would wait here.
+    place. lengths (B,): of the prompts. finished (B,): the rows that have ended. finite: whether all logits so far
+    were; model.sample_token asks at once, so it would wait here.
     """
     freqs_cis = model.freqs_cis.index_select(0, pos)
     x = model.tok_embeddings(tokens.index_select(1, pos))                           # (B, 1, dim)

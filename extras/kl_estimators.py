@@ -9,7 +9,7 @@ import math
 import torch
 
 import spo
-from extras.judge import sample
+from extras.judge import get_prompts, sample
 from model import Parser, load, run_main, wrap
 
 ESTIMATE = 300  # purpose of spo.rng
@@ -51,9 +51,10 @@ def compare_gradients(token, score):
 def estimate_gradients(policy, ref, args, batches):
     """Both estimates on the same fresh samples, num_rollouts per batch -> two tensors (batches, parameters)."""
     token, score = [], []
-    for i in range(batches):
-        y = sample(args, policy, spo.no_prompts(args.num_rollouts), ESTIMATE, i)
-        mask = spo.response_mask(y)
+    all_prompts = get_prompts(args, policy.args, batches * args.num_rollouts)
+    for i, prompts in enumerate(all_prompts.split(args.num_rollouts)):
+        y = sample(args, policy, prompts, ESTIMATE, i)
+        mask = spo.response_mask(y, (prompts >= 0).sum(1))
         with spo.autocast(args):
             with torch.no_grad():
                 ref_logp, ref_hidden = spo.seq_logp(ref, y, mask), ref.hidden(y[:, :-1])

@@ -101,10 +101,12 @@ def parse_preference(record):
     if type(best) is not int or best not in range(len(responses)):
         raise ValueError(f"its best is {best!r:.20}, not the index of a response")
     for name, value in record.items():
-        if kind == "ranked" and isinstance(value, list) and all(type(x) in (int, float) for x in value):
+        are_numbers = isinstance(value, list) and value and all(type(x) in (int, float) for x in value)
+        if kind == "ranked" and are_numbers:
             raise ValueError(f"its {name} are numbers: order its responses, best first, and leave {name} out")
     names = prompt_fields(record)
-    prompt, responses = split_prompt([record[name] for name in names], responses, newline=names not in ((), ("prompt",)))
+    newline = names not in ((), ("prompt",))
+    prompt, responses = split_prompt([record[name] for name in names], responses, newline)
     "".join([prompt, *responses]).encode()  # raises UnicodeEncodeError, a ValueError, at half of a surrogate pair
     responses.insert(0, responses.pop(best))
     return kind, prompt, responses

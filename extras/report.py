@@ -20,8 +20,8 @@ from extras.judge import best_evaluation, read_evaluations, read_log
 from model import Parser, UserError, atomic_write, file_hash, run_main
 from spo import MODELS
 
-# Each method is tuned over four settings by its mean peak on tuning seeds; the best one runs on other seeds. The peak is
-# the best evaluation of the first steps, with a KL within --max_kl; that model is evaluated again on 1,000 fresh
+# Each method is tuned over four settings by its mean peak on tuning seeds; the best one runs on other seeds. The peak
+# is the best evaluation of the first steps, with a KL within --max_kl; that model is evaluated again on 1,000 fresh
 # samples, since the highest of several is biased upwards. Training then continues to OVERTRAIN times as many steps.
 OVERTRAIN = 5
 TOY_GRID = {
@@ -233,7 +233,9 @@ def figure(runs, path):
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=(1, 2, 5, 10)))
         if y == "win rate":
             ax.axhline(0.5, color="grey", lw=1.5, label="0.5: level with the reference")
-    text = f"mean of {len(seeds)} seeds; band: standard deviation over seeds" if len(seeds) > 1 else "one seed per curve"
+    text = "one seed per curve"
+    if len(seeds) > 1:
+        text = f"mean of {len(seeds)} seeds; band: standard deviation over seeds"
     fig.suptitle(f"{text}; right: every evaluation", fontsize=10)
     fig.legend(handles=axes[0].lines, loc="outside lower center", ncols=max(1, 80 // max(map(len, runs))))
     with atomic_write(path) as f:

@@ -88,7 +88,8 @@ def test_prompted_pairs_continue_the_opening_sentence_of_a_story(tmp_path):
     data = str(tmp_path / "data")
     prepare_data.main(["toy", "--data", data, "--tokenizer", TOKENIZER, *SMALLEST, "--num_pairs", "40", "--prompted"])
     tokenizer, args = load_tokenizer(TOKENIZER, 640), load(f"{data}/sft.pt").args
-    for name, stories in (("pairs", "stories"), ("ranked", "stories"), ("heldout_pairs", "heldout"), ("ref", "stories")):
+    sources = dict(pairs="stories", ranked="stories", heldout_pairs="heldout", ref="stories")
+    for name, stories in sources.items():
         responses = spo.load_responses(f"{data}/{name}.npy", args, 1, 1 if name == "ref" else None)
         first = [toyworld.parse(story)[0][0] for [story] in texts(data, stories)]
         prompts = responses.prompts(torch.arange(len(responses)))
@@ -205,7 +206,8 @@ def test_another_source_is_refused(published, tmp_path):
     ("mine --init a.pt", "--init needs --tokenizer"),
     ("mine --init nowhere.pt --tokenizer tokenizer.model", "nowhere.pt is not a file"),
     ("mine --init a.pt --tokenizer bad.jsonl", "not a sentencepiece"),
-    ("mine --init a.pt --tokenizer tokenizer.model --source bad.jsonl", "max_new_tokens is 255, but the model reads 64"),
+    ("mine --init a.pt --tokenizer tokenizer.model --source bad.jsonl", "is 255, but the model reads 64"),
+    ("toy --prompted --max_new_tokens 19", "must be at least 20 with --prompted"),
     ("mine --init a.pt --tokenizer tokenizer.model --source bad.jsonl --max_new_tokens 64", "bad.jsonl, line 1"),
     ("stories15M --init small.pt --tokenizer tokenizer.model", "640 tokens, but the checkpoint 30"),
 ])

@@ -29,7 +29,8 @@ def tiny(seed):
 def data(tmp_path):
     """A folder like data/toy, of an untrained reference."""
     save(tiny(0), tmp_path / "sft.pt")
-    np.save(tmp_path / "ref.npy", spo.sample(tiny(0), spo.no_prompts(80), 40, spo.rng(0, 0))[:, None].numpy().astype(np.uint16))
+    y = spo.sample(tiny(0), spo.no_prompts(80), 40, spo.rng(0, 0))
+    np.save(tmp_path / "ref.npy", y[:, None].numpy().astype(np.uint16))
     return str(tmp_path)
 
 
@@ -131,7 +132,8 @@ def test_an_evaluation_is_a_slow_loop_over_its_samples_and_shows_some(data, caps
     assert evaluate(policy, ref, 4)["entropy"] != record["entropy"]  # fresh samples at each step
     assert printed == judge.wrap("sample", tokenizer.decode(y[0].tolist())) + text
     assert max(map(len, printed.splitlines())) <= 80 and judge.wrap("x", "a\x1b[2Jb\nc") == "x: a [2Jb c\n"
-    before, after = (tokenizer.decode(spo.sample(m, spo.no_prompts(3), 40, spo.rng(0, spo.SHOW)).tolist()) for m in (ref, policy))
+    shown = [spo.sample(m, spo.no_prompts(3), 40, spo.rng(0, spo.SHOW)).tolist() for m in (ref, policy)]
+    before, after = map(tokenizer.decode, shown)
     expected = " ".join(f"before: {x} after: {y}" for x, y in zip(before, after))
     assert text.split() == expected.split() and before != after
     assert args.hashes == {"ref.npy": file_hash(f"{data}/ref.npy"), "tokenizer": file_hash(TOKENIZER)}
