@@ -196,6 +196,15 @@ def test_rollouts_every_k_steps_by_the_given_sampler(world, tmp_path):
     assert len(sampled) == 4 and not any(torch.equal(a, b) for a, b in zip(sampled, sampled[1:]))
 
 
+def test_a_record_is_the_mean_of_its_steps_and_tells_the_time_left(world, tmp_path):
+    every, some = (run(world, tmp_path / n, "--log_every", n, "--judge", "none") for n in ("1", "4"))
+    for record, steps in zip(some, (every[:1], every[1:4], every[4:8]), strict=True):
+        for name in ("loss", "reg", "margin", "accuracy", "grad_norm", "tokens"):
+            assert record[name] == pytest.approx(np.mean([r[name] for r in steps]), rel=1e-5)
+        assert record["step"] == steps[-1]["step"]
+        assert record["eta"] == model.format_time(record["ms"] / 1e3 * (10 - record["step"]))
+
+
 def test_learning_rate_batches_and_seeds(world):
     assert not torch.equal(spo.batch_indices(48, 8, 0, spo.BATCH, 0), spo.batch_indices(48, 8, 1, spo.BATCH, 0))
     assert not torch.equal(torch.rand(9, generator=spo.rng(0, 1, 2)), torch.rand(9, generator=spo.rng(1, 1, 2)))
@@ -218,7 +227,8 @@ def test_defaults_are_e2s_and_one_flag_belongs_to_one_algorithm(capsys):
     assert args.tokenizer == "data/stories110M/tokenizer.model" and args.init == "data/stories110M/sft.pt"
     assert args.lr == 4.2e-6 and spo.get_args(["--model", "mine", "--data", "extras", "--algo", "dpo"]).lr == 2e-5
     toy = spo.get_args(["--model", "toy-naive", "--algo", "dpo"])
-    assert (toy.judge, toy.lr, toy.beta) == ("toy-naive", 4e-4, 0.3) and spo.get_args([]).lr == 2e-4
+    assert (toy.judge, toy.lr, toy.beta, toy.tokenizer) == ("toy-naive", 4e-4, 0.3, "tokenizer.model")
+    assert spo.get_args([]).lr == 2e-4
     others = ("", "--seed 1", "--algo dpo", "--beta 0.1", "--model toy-naive")
     outs = [spo.get_args(flags.split()).out for flags in others]
     assert len(set(outs)) == 5 and outs[0] == "out/toy-spo-alpha0.01-beta0.05-gamma0-seed0"
@@ -388,7 +398,7 @@ def test_a_used_folder_is_refused_and_half_written_files_are_removed(world, tmp_
 
 
 def test_a_finished_run_is_left_as_it_is(world, tmp_path, monkeypatch, capsys):
-    flags = ["--steps", "5", "--eval_every", "5"]
+    flags = ["--steps", "5", "--eval_every", "5", "--log_every", "5"]
     with dying_after_checkpoint(monkeypatch, 5):
         run(world, tmp_path / "a", *flags)
     run(world, tmp_path / "a", *flags, "--resume")  # its last evaluation is missing: not finished
