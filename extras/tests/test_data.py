@@ -229,6 +229,12 @@ def test_mistakes_are_found_first_and_leave_nothing(tmp_path, monkeypatch, flags
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_published_model_reads_no_more_than_its_context(published, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps(dict(chosen="a", rejected="b")))
+    with pytest.raises(UserError, match="max_new_tokens is 129, but the model reads 128"):
+        published[1]("--source", str(tmp_path / "p.jsonl"), "--max_new_tokens", "129", *FEW)
+
+
 @pytest.mark.parametrize("name", ["sft.pt", "pairs.npy", "heldout_best.npy", "reward.pt"])
 def test_files_of_the_users_are_never_replaced(published, tmp_path, name):
     data, run = published

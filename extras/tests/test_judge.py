@@ -140,7 +140,9 @@ def test_an_evaluation_is_a_slow_loop_over_its_samples_and_shows_some(data, caps
 
 
 @torch.no_grad()
-def test_with_prompts_the_samples_for_the_same_held_out_prompt_are_compared(data):
+@pytest.mark.parametrize("program", [False, True])
+def test_with_prompts_the_samples_for_the_same_held_out_prompt_are_compared(data, tmp_path, program):
+    """In training, and by `make evaluate`."""
     tokenizer, prompts = load_tokenizer(TOKENIZER, 640), [[BOS, 9, 8], [BOS], [BOS, 7, 6, 5]]
     rows = np.full((3, 2, 9), 20, np.uint16)
     for row, prompt in zip(rows, prompts):
@@ -151,10 +153,20 @@ def test_with_prompts_the_samples_for_the_same_held_out_prompt_are_compared(data
         judge.make_evaluate(get_args(data))
     np.save(f"{data}/pairs_prompt_length.npy", np.ones(3, np.uint16))
     padded = torch.tensor([prompt + [-1] * (4 - len(prompt)) for prompt in prompts])[torch.arange(20) % 3]
-    args, policy, ref = get_args(data, "--num_eval_samples", "20"), tiny(3), load(f"{data}/sft.pt")
-    record = judge.make_evaluate(args)(policy, ref, 5)
-    y = spo.sample(policy, padded, 40, spo.rng(0, spo.EVAL, 5))
-    y_ref = spo.sample(ref, padded, 40, spo.rng(0, judge.EVAL_REF))
+    flags = ["--num_eval_samples", "20"]
+    args, policy, ref = get_args(data, *flags), tiny(3), load(f"{data}/sft.pt")
+    if program:
+        save(policy, tmp_path / "p.pt")
+        judge.main([f"{tmp_path}/p.pt", "--n", "20", "--data", data, "--tokenizer", TOKENIZER,
+                    "--max_new_tokens", "40"])
+        record = json.loads((tmp_path / "evaluations.jsonl").read_text())
+        y = spo.sample(policy, padded, 40, spo.rng(0, judge.FRESH))
+        y_ref = spo.sample(ref, padded, 40, spo.rng(0, judge.FRESH_REF))
+    else:
+        record = judge.make_evaluate(args)(policy, ref, 5)
+        assert set(args.hashes) == {"heldout_pairs.npy", "heldout_pairs_prompt_length.npy", "tokenizer"}
+        y = spo.sample(policy, padded, 40, spo.rng(0, spo.EVAL, 5))
+        y_ref = spo.sample(ref, padded, 40, spo.rng(0, judge.EVAL_REF))
     r, r_ref = ([toyworld.reward(text) for text in tokenizer.decode(x.tolist())] for x in (y, y_ref))
     wins = [1 / (1 + math.exp(b - a)) for a, b in zip(r, r_ref)]
     kl, length = [], []
@@ -167,7 +179,20 @@ def test_with_prompts_the_samples_for_the_same_held_out_prompt_are_compared(data
                     length=np.mean(length))
     assert {name: record[name] for name in expected} == pytest.approx(expected, rel=1e-3)
     assert record["win_rate"] != pytest.approx(mean_win(r, r_ref), rel=1e-3)
-    assert set(args.hashes) == {"heldout_pairs.npy", "heldout_pairs_prompt_length.npy", "tokenizer"}
+
+
+def test_the_reference_has_samples_of_the_same_length_limit(data, monkeypatch):
+    """ref.npy, of 40 tokens, is cut where training samples fewer, and not used where it samples more."""
+    monkeypatch.setattr(judge, "NUM_REF", 30)
+    ref, tokens = load(f"{data}/sft.pt"), torch.from_numpy(np.load(f"{data}/ref.npy")[:30, 0].astype(int))
+    assert (tokens[:, -1] != BOS).any()
+    for limit, expected in ((40, tokens), (20, tokens[:, :21])):
+        args = get_args(data, "--max_new_tokens", str(limit))
+        assert torch.equal(judge.reference_samples(args, ref, spo.no_prompts(9)), spo.trim_padding(expected))
+        assert "ref.npy" in args.hashes
+    args = get_args(data, "--max_new_tokens", "50")
+    expected = spo.sample(ref, spo.no_prompts(30), 50, spo.rng(0, judge.EVAL_REF))
+    assert torch.equal(judge.reference_samples(args, ref, spo.no_prompts(9)), expected)
 
 
 def test_another_init_is_compared_with_its_own_samples(world, data, tmp_path):
@@ -183,8 +208,8 @@ def test_another_init_is_compared_with_its_own_samples(world, data, tmp_path):
         shutil.copy(known / name, data)
     leads, compared_with_file = [], []
     for folder in (str(known), data):
-        args = get_args(folder, "--init", str(tmp_path / "aligned.pt"), "--judge", "reward", "--seed", "2", "--max_new_tokens",
-                        "100")
+        args = get_args(folder, "--init", str(tmp_path / "aligned.pt"), "--judge", "reward", "--seed", "2",
+                        "--max_new_tokens", "100")
         record = judge.make_evaluate(args)(aligned, aligned, 0)
         leads.append(abs(record["win_rate"] - 0.5) / record["win_rate_se"])
         compared_with_file.append("ref.npy" in args.hashes)

@@ -177,12 +177,14 @@ def test_made_pairs_prefer_the_story_that_is_not_shuffled(published, few, monkey
         return to_tokens(tokenizer, stories, n)
 
     monkeypatch.setattr(prepare_data, "sample_rows", sample_rows)
-    flags = ["--source", "made", "--judge", "readability", "--num_pairs", "100", "--reward_steps", "0"]
+    flags = ["--source", "made", "--judge", "readability", "--num_pairs", "100"]
     with pytest.raises(UserError, match="49 samples in .*ref.npy are too few"):
         run(*flags, "--num_ref", "49")
     assert not asked
     run(*flags)
     run()
+    settings = json.loads((data / "settings.json").read_text())["settings"]
+    assert settings["reward_steps"] is None and "no_reward_model" not in settings and not (data / "reward.pt").exists()
     assert asked == {prepare_data.REF: 12_000, prepare_data.MADE: 100}
     records = [json.loads(line) for line in (data / "made.jsonl").read_text().splitlines()]
     assert len(records) > 50 and {record["better"] for record in records} == {0}

@@ -135,10 +135,23 @@ def test_errors_name_makes_variables(capsys):
         spo.get_args(["--steps", "0"])
     assert "--steps (make: STEPS=) is 0" in capsys.readouterr().err
 
+    def fail():
+        raise model.UserError("--seed is 9, --num_ref 1")
+
+    with pytest.raises(SystemExit) as ended:
+        model.run_main(fail)
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: --seed (make: SEED=) is 9, --num_ref 1\n"
+
 
 def test_make_passes_on_what_is_given_and_nothing_else():
     assert "--" not in make("-n", "train", "RESUME=0", ALGO="dpo", STEPS="3").stdout.splitlines()[-1]
     given = make("-n", "train", "RESUME=1", "OUT=my out").stdout
     assert "--resume" in given and "--out 'my out'" in given
+    given = make("-n", "train", "SEED=1", "ARGS=--lr 1").stdout.splitlines()  # of the run, not of its data
+    assert "--seed '1'" in given[-1] and "--lr 1" in given[-1]
+    assert not any("--seed" in command or "--lr" in command for command in given[:-1])
+    for settings, expected in (("MODEL=stories15M", "data/stories15M"), ("MODEL=stories15M DATA=data/b", "data/b")):
+        given = make("-n", "sample", "CHECKPOINT=a.pt", *settings.split()).stdout
+        assert f"--tokenizer {expected}/tokenizer.model" in given
     targets = re.findall(r"^make (\w+)", make().stdout, re.M)
     assert set(targets) == {*PROGRAMS, "help"}

@@ -70,6 +70,8 @@ def calls(monkeypatch, tmp_path):
         assert os.path.exists(f"{out}/ckpt.pt") == ("--resume" in argv)
         win_rate = alpha if seed in (100, 101) else 1 - alpha  # on the reported seeds another alpha is best
         log = [evaluation(step, win_rate - abs(step - 2) / 100) for step in range(0, int(flags["--steps"]) + 1, 2)]
+        if alpha == 0.1:
+            log[-1] |= dict(win_rate=0.99, kl=1000.0)  # beyond the bound, so it is not chosen for this
         write_run(out, [dict(step=0, loss=1.0, ms=20.0), *log])
         open(f"{out}/ckpt.pt", "w").close()
 
@@ -97,6 +99,14 @@ def test_report_tunes_on_other_seeds_and_runs_nothing_twice(calls):
     write_run(overtrained, report.read_log(overtrained)[:-1])
     report.report("toy", "r")
     assert [argv[-2:] for argv in calls] == [(killed, "--resume"), (overtrained, "--resume")]
+
+
+def test_the_report_on_real_text_asks_its_judge(calls, monkeypatch):
+    monkeypatch.setitem(report.PROTOCOLS, "stories260K", report.PROTOCOLS["toy"])
+    os.rename("data/toy", "data/stories260K")
+    report.report("stories260K", "r")
+    judges = [argv[argv.index("--judge") + 1] for argv in calls]
+    assert set(judges) == {"readability"} and all("stories260K" in argv for argv in calls)
 
 
 @pytest.mark.parametrize("name", ["sft.pt", "pairs.npy", "ref.npy"])

@@ -11,7 +11,7 @@ import spo
 from extras import judge, reward_model
 from extras.data_folder import open_folder
 from extras.tests.conftest import TOKENIZER
-from model import BOS, UserError, load, save
+from model import BOS, ModelArgs, Transformer, UserError, load, save
 from spo import response_mask
 
 
@@ -71,6 +71,28 @@ def test_the_best_evaluation_is_kept_not_the_last(world, planted, monkeypatch):
     leads = iter([-0.1, -0.2])
     model = reward_model.fit_reward_model(f"{world}/sft.pt", planted[:32], planted[32:], 100, 64)
     assert torch.equal(model.norm.weight, load(f"{world}/sft.pt").norm.weight) and not model.output.weight.any()
+
+
+def test_the_pairs_that_select_a_step_do_not_test_it_and_wider_models_learn_slower(world, tmp_path, monkeypatch):
+    read, rates = [], []
+    monkeypatch.setattr(reward_model, "fit_reward_model", lambda init, pairs, selection, *_: read.append(selection))
+    monkeypatch.setattr(reward_model, "heldout_accuracy", lambda model, test, *_: read.append(test) or 0.0)
+    with open_folder(str(shutil.copytree(world, tmp_path / "data"))) as folder:
+        heldout = np.arange(80).reshape(20, 2, 2).astype(np.uint16)
+        np.save(f"{folder.path}/heldout_pairs.npy", heldout)
+        folder.settings["reward_steps"] = 1
+        reward_model.save_reward_model(folder)
+    rows = [row.tolist() for part in read for row in part]
+    assert len(read[0]) == len(read[1]) == 10 and sorted(rows) == heldout.tolist()
+    monkeypatch.undo()
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, **more: rates.append(lr) or adamw(p, lr, **more))
+    y = np.full((4, 2, 6), 9, np.uint16)
+    y[:, :, 0] = BOS
+    for dim in (64, 128):
+        save(Transformer(ModelArgs(dim, 1, 2, vocab_size=20, multiple_of=4, max_seq_len=8)), tmp_path / "m.pt")
+        reward_model.fit_reward_model(str(tmp_path / "m.pt"), y, y, 1, 8)
+    assert rates == [1e-3, 5e-4]
 
 
 @pytest.mark.parametrize("labels, heldout, reason", [

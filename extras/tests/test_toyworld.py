@@ -77,6 +77,7 @@ def test_the_grammar_knows_its_own_stories():
 
 def test_more_than_eight_long_words_are_too_many_for_one_taste():
     purple = STORY
-    for old, new in (("a brave", "an imaginative"), ("a red", "a magnificent"), ("hard", "patiently"), ("soup", "pancakes")):
+    changes = (("a brave", "an imaginative"), ("a red", "a magnificent"), ("hard", "patiently"), ("soup", "pancakes"))
+    for old, new in changes:
         purple = purple.replace(old, new)
     assert toyworld.score(purple) == 2 + 6 - 0.5 + 2 and toyworld.score(purple, "naive") == 10

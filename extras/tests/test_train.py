@@ -415,7 +415,7 @@ def test_a_missing_file_names_the_command_that_creates_it(world, tmp_path):
     imported = shutil.copytree(world, tmp_path / "imported")
     os.remove(imported / "ranked.npy")
     for flags, words in (
-            (["--algo", "ranked"], r"imported/ranked.npy does not exist: .* ranked.npy and best.npy need rows of responses"),
+            (["--algo", "ranked"], r"imported/ranked.npy does not exist: .* ranked.npy and best.npy need rows of resp"),
             (["--model", "stories15M", "--data", f"{tmp_path}/none"],
              r"none/pairs.npy .*`make data MODEL=stories15M DATA=.*none SOURCE=...`"),
             (["--data", f"{tmp_path}/none"], r"none/pairs.npy .*`make data MODEL=toy DATA=.*none`")):
