@@ -691,7 +691,7 @@ MODELS = {"toy": TOY, "toy-naive": TOY | {"judge": "toy-naive"}, "stories260K": 
           "stories42M": REAL, "stories110M": REAL | PAPER}
 TOY_LR = {"spo": 2e-4, "best_of_n": 2e-4, "ranked": 2e-4, "dpo": 4e-4, "ipo": 4e-4, "slic": 4e-4}
 WIDTHS = {"stories15M": 288, "stories42M": 512, "stories110M": 768}  # others are taken for 64, that of stories260K
-REAL_ALGOS = {"spo": dict(beta=0.3, lr=5e-5), "best_of_n": dict(beta=0.3, lr=5e-5), "ranked": dict(beta=0.3, lr=5e-5),
+REAL_ALGOS = {"spo": dict(beta=0.5, lr=5e-5), "best_of_n": dict(beta=0.5, lr=5e-5), "ranked": dict(beta=0.5, lr=5e-5),
               "dpo": dict(beta=0.1, lr=2e-5), "ipo": dict(beta=0.03, lr=2e-5), "slic": dict(beta=0.3, lr=5e-5)}
 JUDGES = ("none", "toy", "toy-naive", "reward", "readability", "llm")
 AT_LEAST_1 = ("num_rollouts", "rollout_every", "batch_size", "micro_batch_size", "steps", "max_new_tokens",
