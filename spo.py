@@ -779,9 +779,9 @@ def stop_on_signal():
     """An Event that the first Ctrl-C, SIGTERM or SIGHUP sets, so that train finishes its step; a second one ends."""
     import signal
     stop, on_terminal = threading.Event(), os.isatty(1)
-    # Those that are ignored stay so: nohup ignores SIGHUP
-    signals = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-               if signal.getsignal(number) != signal.SIG_IGN]
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it, and so it stays
+        signals.append(signal.SIGHUP)
 
     def handler(number, frame):
         stop.set()

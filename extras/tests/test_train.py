@@ -477,7 +477,8 @@ def test_a_closed_terminal_saves_too(world, tmp_path):
     ours, theirs = os.openpty()
     argv = [*SHORT, "--data", world, "--out", str(tmp_path / "a"), "--judge", "none", "--steps", "100000"]
     program = subprocess.Popen([sys.executable, "spo.py", *argv], cwd=ROOT, stdout=theirs, stderr=theirs,
-                               stdin=theirs, env=ONE_THREAD, start_new_session=True)
+                               stdin=theirs, env=ONE_THREAD, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     os.close(theirs)
     shown = b""
     while b"     3" not in shown:
