@@ -42,7 +42,7 @@ def test_rows_are_independent_and_can_be_trained_on():
     for layer in policy.layers:
         layer.attention.wo.weight.data.mul_(10)  # what was read before matters, or another row's cache would do
     y = generate(policy, prompt, 20, generator=spo.rng(0))
-    assert torch.equal(y, slow_generate(policy, prompt, torch.rand(41, 20, generator=spo.rng(0))))
+    assert torch.equal(y, slow_generate(policy, prompt, torch.rand(41, 21, generator=spo.rng(0))))
     assert len(y[1::2].unique(dim=0)) > 10 and 0 < (y[:, -1] == BOS).sum() < 41  # the same prompt, other draws
     spo.seq_logp(policy, y, spo.response_mask(y)).sum().backward()
 

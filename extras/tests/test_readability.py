@@ -159,7 +159,7 @@ def test_an_evaluation_compares_with_samples_that_are_not_in_the_dictionary(worl
     assert result["reward"] == pytest.approx(np.mean([known.score(text) for text in texts]), abs=1e-6)
     assert result["judge"] == "readability"
     np.save(tmp_path / "ref.npy", y_ref[:49, None].numpy().astype(np.uint16))
-    with pytest.raises(UserError, match="49 samples in .*ref.npy are too few .* --num_ref 12000"):
+    with pytest.raises(UserError, match="49 samples in .*ref.npy are too few .*--num_ref 12000"):
         judge.make_judge(spo.get_args(flags), tokenizer, y_ref[:20])
 
 

@@ -380,7 +380,7 @@ def test_what_the_folder_was_not_made_from_is_refused(world, tmp_path):
     assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
     (tmp_path / "mine").mkdir()
     args = spo.get_args(["--model", "my-toy", "--data", str(tmp_path / "mine")])
-    assert args.lr == spo.MODELS["stories260K"]["lr"] and args.tokenizer == f"{tmp_path}/mine/tokenizer.model"
+    assert args.lr == 5e-5 and args.tokenizer == f"{tmp_path}/mine/tokenizer.model"
 
 
 def test_a_used_folder_is_refused_and_half_written_files_are_removed(world, tmp_path):
