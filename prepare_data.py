@@ -308,8 +308,8 @@ def check_inputs(folder, init, tokenizer_path):
         folder.check_input("extras/toyworld.py", file_hash(toyworld.__file__))
         check_length(settings, toyworld.MODEL_ARGS["max_seq_len"])
         if settings.get("prompted") and settings["max_new_tokens"] < 20:
-            raise UserError(f"--max_new_tokens is {settings['max_new_tokens']}, but must be at least 20 with --prompted, "
-                            "whose opening sentences count too.")
+            raise UserError(f"--max_new_tokens is {settings['max_new_tokens']}, but must be at least 20 with "
+                            "--prompted, whose opening sentences count too.")
     elif init is not None:
         check_checkpoint(folder, init, tokenizer_path)
     elif "init" not in folder.inputs:
