@@ -489,6 +489,13 @@ def check_length(args, model_args):
         raise UserError(f"--max_new_tokens is {args.max_new_tokens}, but the model reads {model_args.max_seq_len}.")
 
 
+def check_prompts(args, data, name):
+    longest = int(data.prompt_length.max())
+    if longest > args.max_new_tokens:
+        raise UserError(f"--max_new_tokens is {args.max_new_tokens}, but a prompt in {args.data}/{name} has {longest} "
+                        "tokens, BOS included: give that many or more.")
+
+
 def recorded_hashes(args):
     """
     name -> sha256 of what the data folder was made from and of its files, as prepare_data.py recorded them; {} where
@@ -517,10 +524,7 @@ def load_data(args, model_args):
     data = load_responses(f"{args.data}/{name}", model_args, args.batch_size, 2 if name == "pairs.npy" else None)
     args.hashes["init"] = file_hash(args.init)
     hash_files(args, name, name.removesuffix(".npy") + PROMPT_LENGTH)
-    longest = int(data.prompt_length.max())
-    if longest > args.max_new_tokens:
-        raise UserError(f"--max_new_tokens is {args.max_new_tokens}, but a prompt in {args.data}/{name} has {longest} "
-                        "tokens, BOS included: give that many or more.")
+    check_prompts(args, data, name)
     recorded = recorded_hashes(args)  # which refuses another tokenizer, for every algorithm
     check_length(args, model_args)
     if args.algo != "slic":

@@ -148,11 +148,8 @@ def get_prompts(args, model_args, n):
     if not all(map(os.path.exists, lengths)):
         raise UserError(f"of {' and '.join(lengths)} one does not exist: evaluations need the held-out prompts.")
     heldout = spo.load_responses(f"{args.data}/heldout_pairs.npy", model_args)
-    prompts = heldout.prompts(torch.arange(n) % len(heldout))
-    if prompts.shape[1] > args.max_new_tokens:
-        raise UserError(f"--max_new_tokens is {args.max_new_tokens}, but a prompt in {args.data}/heldout_pairs.npy has "
-                        f"{prompts.shape[1]} tokens, BOS included: give that many or more.")
-    return prompts
+    spo.check_prompts(args, heldout, "heldout_pairs.npy")
+    return heldout.prompts(torch.arange(n) % len(heldout))
 
 
 def sample(args, model, prompts, *key):

@@ -74,7 +74,7 @@ def fit_reward_model(init, pairs, selection_pairs, steps, micro_batch_size, seed
         total = 0.0
         batch = batch_indices(len(pairs), batch_size, seed, BATCH, step - 1)
         for _, y, mask in micro_batches(Responses(pairs), batch, micro_batch_size, device):
-            r = reward_at_end(model, y, mask)                                           # (b * 2,)
+            r = reward_at_end(model, y, mask)                                       # (b * 2,)
             r_w, r_l = r.view(-1, 2).unbind(1)
             loss = spo_loss(r_w, r_l, 1.0).sum() / batch_size                       # -log sigmoid(r_w - r_l)
             loss.backward()
