@@ -32,8 +32,8 @@ from extras.reward_model import save_reward_model
 from extras.token_files import PAIR_FILES, encode_rows, pad, save_preferences
 from model import (BOS, ModelArgs, Parser, Transformer, UserError, atomic_write, file_hash, load, load_tokenizer,
                    run_main, save, wrap)
-from spo import (BATCH, PROMPT_LENGTH, Responses, batch_indices, dataset_logp, micro_batches, model_defaults,
-                 no_prompts, rng, sample, seq_logp)
+from spo import (BATCH, PROMPT_LENGTH, Responses, batch_indices, check_length, dataset_logp, micro_batches,
+                 model_defaults, no_prompts, rng, sample, seq_logp)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAIRS, RANKED, REF, HELDOUT, MADE, LABELS = range(100, 106)  # purposes of spo.rng: what is drawn
@@ -165,7 +165,7 @@ def check_checkpoint(folder, init, tokenizer_path):
     if folder.files and "init" not in folder.inputs:
         folder.refuse("was made without --init")
     sft = load(init)
-    check_length(folder.settings, sft.args.max_seq_len)
+    check_length(folder.settings.get("max_new_tokens", 0), sft.args.max_seq_len)
     tokenizer = load_tokenizer(tokenizer_path, sft.args.vocab_size)
     if tokenizer.bos_id() != BOS or tokenizer.vocab_size() > 1 << 16:
         raise UserError(f"{tokenizer_path} has {tokenizer.vocab_size()} tokens and BOS {tokenizer.bos_id()}: this "
@@ -186,7 +186,7 @@ def prepare_checkpoint(folder, init, tokenizer_path):
                 else:
                     shutil.copyfile(source, path)
     sft = load(f"{folder.path}/sft.pt")
-    check_length(folder.settings, sft.args.max_seq_len)
+    check_length(folder.settings.get("max_new_tokens", 0), sft.args.max_seq_len)
     return load_tokenizer(f"{folder.path}/tokenizer.model", sft.args.vocab_size)
 
 
@@ -293,11 +293,6 @@ def set_settings(folder, args):
     folder.merge_settings(given, defaults)
 
 
-def check_length(settings, max_seq_len):
-    if settings.get("max_new_tokens", 0) > max_seq_len:
-        raise UserError(f"--max_new_tokens is {settings['max_new_tokens']}, but the model reads {max_seq_len}.")
-
-
 def check_inputs(folder, init, tokenizer_path):
     """Refuses what is wrong with what the user gave, or with the folder's files, before any work."""
     settings, names, published = folder.settings, CHECKPOINT_FILES, {}
@@ -306,7 +301,7 @@ def check_inputs(folder, init, tokenizer_path):
         load_tokenizer(tokenizer_path, toyworld.MODEL_ARGS["vocab_size"])
         folder.check_input("tokenizer", file_hash(tokenizer_path))
         folder.check_input("extras/toyworld.py", file_hash(toyworld.__file__))
-        check_length(settings, toyworld.MODEL_ARGS["max_seq_len"])
+        check_length(settings.get("max_new_tokens", 0), toyworld.MODEL_ARGS["max_seq_len"])
         if settings.get("prompted") and settings["max_new_tokens"] < 20:
             raise UserError(f"--max_new_tokens is {settings['max_new_tokens']}, but must be at least 20 with "
                             "--prompted, whose opening sentences count too.")

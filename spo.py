@@ -484,9 +484,9 @@ def hash_files(args, *names):
             args.hashes[name] = file_hash(f"{args.data}/{name}")
 
 
-def check_length(args, model_args):
-    if args.max_new_tokens > model_args.max_seq_len:
-        raise UserError(f"--max_new_tokens is {args.max_new_tokens}, but the model reads {model_args.max_seq_len}.")
+def check_length(max_new_tokens, max_seq_len):
+    if max_new_tokens > max_seq_len:
+        raise UserError(f"--max_new_tokens is {max_new_tokens}, but the model reads {max_seq_len}.")
 
 
 def check_prompts(args, data, name):
@@ -526,7 +526,7 @@ def load_data(args, model_args):
     hash_files(args, name, name.removesuffix(".npy") + PROMPT_LENGTH)
     check_prompts(args, data, name)
     recorded = recorded_hashes(args)  # which refuses another tokenizer, for every algorithm
-    check_length(args, model_args)
+    check_length(args.max_new_tokens, model_args.max_seq_len)
     if args.algo != "slic":
         return data, None
     if recorded.get("sft.pt", args.hashes["init"]) != args.hashes["init"]:

@@ -191,7 +191,7 @@ def make_evaluate(args):
     """
     spo.require_file(args, "ref.npy")
     reference = load(args.init, args.device)
-    spo.check_length(args, reference.args)
+    spo.check_length(args.max_new_tokens, reference.args.max_seq_len)
     tokenizer = load_tokenizer(args.tokenizer, reference.args.vocab_size)
     prompts = get_prompts(args, reference.args, args.num_eval_samples)
     if args.judge == "llm":
@@ -254,7 +254,7 @@ def main(argv=None):
         p.error("--n must be at least 2, and --judge not none")
     policy, ref = load(own.checkpoint, args.device), load(args.init, args.device)
     for model in (policy, ref):
-        spo.check_length(args, model.args)
+        spo.check_length(args.max_new_tokens, model.args.max_seq_len)
     spo.recorded_hashes(args)  # refuses another tokenizer
     tokenizer = load_tokenizer(args.tokenizer, policy.args.vocab_size)
     if args.judge == "llm":
