@@ -84,17 +84,17 @@ evaluate: data  ## a checkpoint's win rate on fresh samples: CHECKPOINT=out/.../
 
 # Figures need matplotlib, which nothing else does
 plot: .venv/matplotlib  ## win rate and KL against steps as plot.png: RUNS="out/a out/b" (OUT=plot.png)
-	@$(PY) -m extras.report --plot $(RUNS) $(call flag,OUT,--out)
+	@$(PY) -m extras.tables $(RUNS) $(call flag,OUT,--out)
 
-# The numbers of docs/results.md
-report: data .venv/matplotlib  ## Table 1 and Figure 1 on the toy world, about an hour (MODEL=toy-naive)
+# The numbers of docs/results.md. Toy worlds are made by the report, one for each seed
+report: $(if $(filter stories%,$(MODEL)),data) .venv/matplotlib  ## E.2's sweep and Table 1, hours; resumes (MODEL=toy-naive)
 	@$(PY) -m extras.report $(call flag,MODEL,--model)
 
 # The first comparison: both methods beyond their peaks, one seed
 compare: data .venv/matplotlib  ## SPO and DPO side by side: a table and out/compare/compare.png, 4 minutes
 	@$(PY) -m extras.report --compare
 
-ablations: data  ## one setting of SPO changed at a time, about 10 minutes
+ablations: .venv/matplotlib  ## after `make report`: why SPO is stable, feedback, noise, sizes, hours; resumes
 	@$(PY) -m extras.report --ablations
 
 # The numbers of docs/performance.md; one thread, because shares of a core's peak are what compares

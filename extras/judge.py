@@ -51,6 +51,22 @@ def paired_win_rate(r, r_ref, prefer=bradley_terry):
     return wins.mean().item(), wins.std().item() / len(wins) ** 0.5
 
 
+def length_controlled_win_rate(wins, longer):
+    """
+    The win rate at equal lengths: a logistic regression of wins on longer, by how much the policy's sample is longer
+    than the reference's, read at 0, as AlpacaEval 2 (arXiv 2404.04475) does; both of one shape. Without a model of the
+    prompts, and linear in the difference.
+    """
+    x = torch.stack((torch.ones_like(longer), longer / longer.std().clamp(min=1e-6))).flatten(1).double()   # (2, N)
+    w = torch.zeros(2, dtype=torch.double)
+    for _ in range(20):  # Newton's method; the small curvature bounds w where the lengths decide every comparison
+        p = (w @ x).sigmoid()
+        gradient = x @ (p - wins.flatten()) / len(p)
+        curvature = x * p * (1 - p) @ x.T / len(p) + 1e-4 * torch.eye(2)
+        w -= torch.linalg.solve(curvature, gradient + 1e-4 * w)
+    return w[0].sigmoid().item()
+
+
 def check_num_ref(num_ref, path):
     if num_ref < NUM_REF + MIN_DICTIONARY:
         raise UserError(f"{num_ref} samples in {path} are too few for the readability judge, whose dictionary is all "
@@ -103,13 +119,20 @@ def make_judge(args, tokenizer, y_ref, paired=False):
         taste = toyworld.TASTES[args.judge]
         return torch.tensor([toyworld.reward(story, taste) for story in stories])
 
-    r_ref = rewards(y_ref)
+    r_ref, length_ref = rewards(y_ref), spo.response_mask(y_ref).sum(1).cpu().float()
     prefer = higher if args.judge == "readability" else bradley_terry  # a formula's preference has no noise
 
     def judge(y):
         r = rewards(y)
-        mean, standard_error = (paired_win_rate if paired else win_rate)(r, r_ref, prefer)
-        result = dict(judge=args.judge, win_rate=mean, win_rate_se=standard_error, reward=r.mean().item())
+        length = spo.response_mask(y).sum(1).cpu().float()
+        if paired:
+            mean, standard_error = paired_win_rate(r, r_ref, prefer)
+            at_equal_length = length_controlled_win_rate(prefer(r, r_ref), length - length_ref)
+        else:
+            mean, standard_error = win_rate(r, r_ref, prefer)
+            at_equal_length = length_controlled_win_rate(prefer(r[:, None], r_ref), length[:, None] - length_ref)
+        result = dict(judge=args.judge, win_rate=mean, win_rate_se=standard_error, win_rate_lc=at_equal_length,
+                      reward=r.mean().item())
         if args.judge in toyworld.TASTES:
             in_grammar = [toyworld.in_grammar(story) for story in tokenizer.decode(y.tolist())]
             result["grammar"] = sum(in_grammar) / len(y)

@@ -1,60 +1,74 @@
 """
-The paper's experiment on the toy world, and plots of any runs. Repeated after a stop, it trains what is missing.
+The paper's experiment by the paper's protocol, and questions it leaves open. Repeated after a stop, each command trains
+what is missing.
 
-    python -m extras.report                     # Table 1 and Figure 1, in out/report/toy
+    python -m extras.report                     # Appendix E.2's sweep, Table 1 and Figure 1: out/report/toy
     python -m extras.report --model toy-naive   # the same under the naive expert; or stories260K, on real text
-    python -m extras.report --ablations         # one setting of SPO changed at a time, in out/report/ablations
+    python -m extras.report --ablations         # then: where the KL is, kinds of feedback, noise, data and model size
     python -m extras.report --compare           # SPO and DPO side by side, a few minutes, in out/compare
-    python -m extras.report --plot out/A out/B --out plot.png
 """
 import json
-import math
 import os
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
-from extras.judge import best_evaluation, read_evaluations, read_log
-from model import Parser, UserError, atomic_write, file_hash, run_main
+from extras import toyworld
+from extras.judge import best_evaluation, read_evaluations
+from extras.tables import (curves_table, draw_curves, draw_sweep, figure, mean_over_training, sweep_table, table,
+                           winrate_by_kl)
+from model import Parser, UserError, atomic_write, file_hash, format_time, run_main
 from spo import MODELS
 
-# Each method is tuned over four settings by its mean peak on tuning seeds; the best one runs on other seeds. The peak
-# is the best evaluation of the first steps, with a KL within --max_kl; that model is evaluated again on 1,000 fresh
-# samples, since the highest of several is biased upwards. Training then continues to OVERTRAIN times as many steps.
-OVERTRAIN = 5
+# ---------------------------------------------------------------------------------------------------
+# The protocol. Everything random of a toy world is drawn from one seed: stories, SFT model, pairs, training. A method
+# is tuned on a world of its own. First its middle setting runs at each learning rate; at the one with the highest peak
+# all its settings run. Rule "peak" chooses the setting with the highest win rate of an evaluation, rule "mean" the one
+# with the highest mean win rate over training. The chosen ones run on other worlds, to STEPS: the best model is
+# evaluated again, on 1,000 fresh samples, since the highest of several is biased upwards; then on to LATE.
+
+ALPHAS, DELTAS = (0.001, 0.003, 0.01, 0.03, 0.1), (0, 0.001, 0.01, 0.1, 1, 10)
+BETAS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
+LRS = ("2e-4", "4e-4", "8e-4")
+RULES = ("peak", "mean")
+# Method -> its middle setting, all of its settings; alpha, beta and delta are E.2's
 TOY_GRID = {
-    "spo": [f"--algo spo --alpha {alpha} --beta 0.05 --num_rollouts 8 --lr {lr}"
-            for alpha in (0.1, 0.3) for lr in ("4e-4", "6e-4")],
-    "dpo": [f"--algo dpo --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in ("4e-4", "6e-4")],
-    "ipo": [f"--algo ipo --beta {beta} --lr {lr}" for beta in (0.03, 0.1) for lr in ("4e-4", "6e-4")],
-    "slic": [f"--algo slic --delta 10 --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in ("4e-4", "6e-4")],
+    "SPO": ("--algo spo --alpha 0.01 --beta 0.03",
+            [f"--algo spo --alpha {alpha} --beta {beta}" for alpha in ALPHAS for beta in BETAS]),
+    "DPO": ("--algo dpo --beta 0.03", [f"--algo dpo --beta {beta}" for beta in BETAS]),
+    "IPO": ("--algo ipo --beta 0.03", [f"--algo ipo --beta {beta}" for beta in BETAS]),
+    "SLiC-HF": ("--algo slic --delta 0.1 --beta 0.03",
+                [f"--algo slic --delta {delta} --beta {beta}" for delta in DELTAS for beta in BETAS]),
+    "RLHF": ("--reward model --beta 0.03", [f"--reward model --beta {beta}" for beta in BETAS]),
+    "RL, true reward": ("--reward expert --beta 0.03", [f"--reward expert --beta {beta}" for beta in BETAS]),
 }
+# Of {reference inside the loss} x {KL on the model's own samples} SPO and DPO are two; these are the other two
+WHY_GRID = {
+    "SPO, no KL": ("--algo spo --alpha 0.01 --beta 0", [f"--algo spo --alpha {alpha} --beta 0" for alpha in ALPHAS]),
+    "DPO + KL": ("--algo hypo --beta 0.1 --beta_kl 0.03",
+                 [f"--algo hypo --beta {beta} --beta_kl {beta_kl}" for beta in (0.03, 0.1, 0.3) for beta_kl in BETAS[2:]]),
+}
+# On real text the learning rates are two for each of two settings
 REAL_GRID = {
-    "spo": [f"--algo spo --alpha 0.01 --beta {beta} --lr {lr}" for beta in (0.3, 0.5) for lr in ("2e-5", "5e-5")],
-    "dpo": [f"--algo dpo --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in ("2e-5", "5e-5")],
-    "ipo": [f"--algo ipo --beta {beta} --lr {lr}" for beta in (0.03, 0.1) for lr in ("2e-5", "5e-5")],
-    "slic": [f"--algo slic --delta 10 --beta {beta} --lr {lr}" for beta in (0.3, 1) for lr in ("2e-5", "5e-5")],
+    "SPO": (None, [f"--algo spo --alpha 0.01 --beta {beta} --lr {lr}" for beta in (0.3, 0.5) for lr in ("2e-5", "5e-5")]),
+    "DPO": (None, [f"--algo dpo --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in ("2e-5", "5e-5")]),
+    "IPO": (None, [f"--algo ipo --beta {beta} --lr {lr}" for beta in (0.03, 0.1) for lr in ("2e-5", "5e-5")]),
+    "SLiC-HF": (None, [f"--algo slic --delta 10 --beta {beta} --lr {lr}" for beta in (0.3, 1) for lr in ("2e-5", "5e-5")]),
 }
-JUDGE = {"stories260K": " --judge readability"}  # where it is not the model's default
-# Model -> steps, tuning seeds, seeds, settings
-PROTOCOLS = {"toy": (300, (100, 101), (0, 1, 2, 3, 4), TOY_GRID),
-             "toy-naive": (300, (100, 101), (0, 1, 2, 3, 4), TOY_GRID),
-             "stories260K": (60, (100,), (0, 1, 2), REAL_GRID)}
-SPO = "--algo spo --alpha 0.3 --beta 0.05 --num_rollouts 8 --lr 4e-4"  # Table 1's choice, which ablations change
-ABLATIONS = ["", "--beta 0", "--beta 0.01", "--beta 0.2", "--beta 1", "--beta 0.001 --alpha 0.01",
-             "--beta 0.001 --alpha 0.1", "--beta 0.001 --alpha 1", "--algo dpo --beta 0.001 --lr 4e-4",
-             "--gamma 0.03", "--gamma 0.1", "--gamma 0.3", "--gamma 1", "--rollout_every 1", "--rollout_every 32",
-             "--num_rollouts 32", "--num_rollouts 128"]
-# Field of an evaluation -> digits; the last two are the readability judge's
-COLUMNS = {"step": 0, "win_rate": 3, "kl": 1, "entropy": 1, "length": 1, "unknown_words": 3, "unseen_trigrams": 3}
-LINES = (("black", "-", "o"), ("C0", "--", "s"), ("C1", "-.", "^"), ("C4", ":", "D"))  # color, style, marker
+TUNING_SEED = 100
+# Model -> steps, last step, seeds, methods
+PROTOCOLS = {"toy": (500, 1000, (0, 1, 2, 3, 4), TOY_GRID), "toy-naive": (500, 1000, (0, 1, 2, 3, 4), TOY_GRID),
+             "stories260K": (60, 300, (0, 1, 2), REAL_GRID)}
+JUDGE = {"toy": "toy", "toy-naive": "toy-naive", "stories260K": "readability"}
 # For `make compare`, past their peaks: the README's first command, and the settings of SPO and DPO that fall least
 COMPARE = ("--algo spo --alpha 0.01", "--algo spo --alpha 0.3 --lr 4e-4", "--algo dpo --beta 0.3 --lr 4e-4")
 COMPARE_STEPS = 1000
-KL_BANDS = (1, 2, 4, 6, 8, 10, 15, 25)  # where one band of KL ends and the next begins, nats per story
 
+
+# ---------------------------------------------------------------------------------------------------
+# Running programs
 
 def run_program(*argv):
     """Runs one of our programs on one CPU thread. Its output is not shown, but for the error if it fails."""
@@ -62,6 +76,22 @@ def run_program(*argv):
     done = subprocess.run([sys.executable, *argv], env=env, text=True, capture_output=True)
     if done.returncode != 0:
         raise UserError(f"{' '.join(argv)} failed: {done.stderr}")
+
+
+def run_all(title, function, items):
+    """function of each item, as many at a time as there are cores -> list. Prints what is done and the time left."""
+    start, done, lock = time.monotonic(), [], threading.Lock()
+
+    def run(item):
+        result = function(item)
+        with lock:
+            done.append(item)
+            seconds_left = (time.monotonic() - start) / len(done) * (len(items) - len(done))
+            print(f"{title}: {len(done)} of {len(items)}, {format_time(seconds_left)} left", flush=True)
+        return result
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(run, items))
 
 
 def write_text(path, text):
@@ -82,79 +112,184 @@ def same_data(data, folder):
             raise UserError(f"the runs in {folder} are on other data than {data} holds now: move {folder} away.")
 
 
-def train_until(steps, flags, folder, max_kl=math.inf):
-    """Trains to so many steps, resuming a run that was stopped or is shorter -> the run's own folder."""
-    out = f"{folder}/{'-'.join(flags.replace('--', '').split()[1:])}"
-    argv = ["spo.py", *flags.split(), "--steps", str(steps), "--out", out]
+def train_until(steps, flags, out, settings=""):
+    """Trains to so many steps in the folder out, resuming a run that was stopped or is shorter -> its evaluations."""
+    program = ["-m", "extras.rlhf"] if flags.startswith("--reward") else ["spo.py"]
+    argv = [*program, *flags.split(), *settings.split(), "--steps", str(steps), "--out", out]
     if not os.path.exists(f"{out}/ckpt.pt"):
         run_program(*argv)
     elif max((r["step"] for r in read_evaluations(out)), default=-1) < steps:
         run_program(*argv, "--resume")
-    best = best_evaluation(out, max_kl)
-    print(f"peak {best['win_rate']:.3f} at step {best['step']}: {os.path.basename(out)}", flush=True)
-    return out
+    return read_evaluations(out)
+
+
+class World:
+    """
+    A data folder, and the folder of its runs in `folder`. The toy world is made for each seed, with more settings of
+    prepare_data.py in `changed`; of other models all seeds share one folder.
+    """
+
+    def __init__(self, model, folder, seed, changed=""):
+        self.model, self.changed = model, changed
+        self.runs, self.data = f"{folder}/seed{seed}{changed.replace(' ', '')}", f"data/{model}"
+        if model in toyworld.TASTES:
+            self.data += f"-seed{seed}{changed.replace(' ', '')}"
+        self.settings = f"--model {model} --data {self.data} --judge {JUDGE[model]} --seed {seed}"
+        self.seed = seed
+
+    def prepare(self):
+        if self.model in toyworld.TASTES:
+            run_program("prepare_data.py", self.model, "--data", self.data, "--seed", str(self.seed), "--reward_steps",
+                        "1000", *self.changed.split())
+        same_data(self.data, self.runs)
+
+    def train(self, flags, steps):
+        """-> the run's folder, its evaluations."""
+        out = f"{self.runs}/{'-'.join(flags.replace('--', '').split()[1:])}"
+        return out, train_until(steps, flags, out, self.settings)
+
+    def train_past_the_peak(self, flags, steps, late):
+        """-> the record on fresh samples of the best model within `steps`, all evaluations to the step `late`."""
+        out, _ = self.train(flags, steps)
+        if not os.path.exists(f"{out}/peak.json"):  # now, before best.pt is a later model
+            run_program("-m", "extras.judge", f"{out}/best.pt", *self.settings.split())
+            with open(f"{out}/evaluations.jsonl") as f:
+                peak = json.loads(f.readlines()[-1])
+            peak["step"] = best_evaluation(out, MODELS[self.model]["max_kl"])["step"]
+            write_text(f"{out}/peak.json", json.dumps(peak, indent=1))
+        _, evaluations = self.train(flags, late)
+        with open(f"{out}/peak.json") as f:
+            return json.load(f), evaluations
+
+
+# ---------------------------------------------------------------------------------------------------
+# Table 1
+
+def tune(model, methods, folder):
+    """Runs every setting on the tuning world -> method -> its records: flags, peak and when, mean and last win rate."""
+    steps, max_kl = PROTOCOLS[model][0], MODELS[model]["max_kl"]
+    world = World(model, folder, TUNING_SEED)
+    world.prepare()
+
+    def run(flags):
+        out, evaluations = world.train(flags, steps)
+        evaluations = [r for r in evaluations if r["step"] <= steps]
+        peak = best_evaluation(out, max_kl)
+        return dict(flags=flags, peak=peak["win_rate"], step=peak["step"], kl=peak["kl"],
+                    mean=mean_over_training(evaluations), last=evaluations[-1]["win_rate"])
+
+    trials = [f"{middle} --lr {lr}" for middle, _ in methods.values() if middle for lr in LRS]
+    peaks = {record["flags"]: record["peak"] for record in run_all("learning rates", run, trials)}
+    settings = {}
+    for method, (middle, settings[method]) in methods.items():
+        if middle:
+            best = max((f"{middle} --lr {lr}" for lr in LRS), key=peaks.get)
+            settings[method] = [f"{flags} --lr {best.split()[-1]}" for flags in settings[method]]
+    records = iter(run_all("sweep", run, sum(settings.values(), [])))
+    return {method: [next(records) for _ in settings[method]] for method in methods}
+
+
+def compare_methods(model, methods, folder):
+    """
+    Tunes the methods, and runs what each rule chooses on other worlds -> tune's records, and rule -> method -> (flags,
+    for each world the peak's record and all evaluations).
+    """
+    steps, late, seeds, _ = PROTOCOLS[model]
+    tuned = tune(model, methods, folder)
+    chosen = {rule: {method: max(records, key=lambda record: record[rule])["flags"]
+                     for method, records in tuned.items()} for rule in RULES}
+    worlds = [World(model, folder, seed) for seed in seeds]
+    run_all("worlds", World.prepare, worlds)
+    jobs = list(dict.fromkeys((flags, world) for rule in RULES for flags in chosen[rule].values() for world in worlds))
+    done = run_all("runs", lambda job: job[1].train_past_the_peak(job[0], steps, late), jobs)
+    results = dict(zip(jobs, done))
+    runs = {rule: {method: (flags, [results[flags, world] for world in worlds])
+                   for method, flags in chosen[rule].items()} for rule in RULES}
+    return tuned, runs
 
 
 def report(model, folder):
-    """Makes in `folder` every run, table.md and figure1.png."""
-    same_data(f"data/{model}", folder)
-    steps, tuning_seeds, seeds, grid = PROTOCOLS[model]
-    max_kl, of_model = MODELS[model]["max_kl"], f"--model {model}{JUDGE.get(model, '')}"
+    """Makes in `folder` every run, table.md, sweep.md, sweep.png and a figure for each rule."""
+    steps, late, _, methods = PROTOCOLS[model]
+    tuned, runs = compare_methods(model, methods, folder)
+    text = ""
+    for rule in RULES:
+        text += f"Settings chosen by the rule {rule}\n\n{table(runs[rule], late)}\n{winrate_by_kl(runs[rule])}\n"
+        figure({method: worlds for method, (_, worlds) in runs[rule].items()}, f"{folder}/{rule}.png")
+    write_text(f"{folder}/table.md", text)
+    write_text(f"{folder}/sweep.md", sweep_table(tuned))
+    draw_sweep(tuned, steps, f"{folder}/sweep.png")
+    print(f"{folder} has table.md, sweep.md, sweep.png, {' and '.join(f'{rule}.png' for rule in RULES)}")
 
-    def tune(flags):
-        runs = [train_until(steps, f"{flags} {of_model} --seed {seed}", folder, max_kl) for seed in tuning_seeds]
-        return np.mean([best_evaluation(out, max_kl)["win_rate"] for out in runs])
 
-    def run(flags):
-        out = train_until(steps, flags, folder, max_kl)
-        if not os.path.exists(f"{out}/peak.json"):  # now, before best.pt is a later model
-            run_program("-m", "extras.judge", f"{out}/best.pt", *flags.split())
-            with open(f"{out}/evaluations.jsonl") as f:
-                peak = json.loads(f.readlines()[-1]) | {"step": best_evaluation(out, max_kl)["step"]}
-            write_text(f"{out}/peak.json", json.dumps(peak, indent=1))
-        train_until(OVERTRAIN * steps, flags, folder, max_kl)
-        with open(f"{out}/peak.json") as f:
-            return json.load(f), read_evaluations(out)
+# ---------------------------------------------------------------------------------------------------
+# Ablations, on the worlds of Table 1
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        means = {algo: pool.map(tune, settings) for algo, settings in grid.items()}     # map starts them all
-        tuned = {algo: settings[np.argmax(list(means[algo]))] for algo, settings in grid.items()}
-        chosen = [f"{flags} {of_model} --seed {seed}" for flags in tuned.values() for seed in seeds]
-        results = list(pool.map(run, chosen))
-    runs = {algo: results[i * len(seeds):(i + 1) * len(seeds)] for i, algo in enumerate(tuned)}
-    write_text(f"{folder}/table.md", table(runs, tuned, steps) + "\n" + winrate_by_kl(runs))
-    figure(runs, f"{folder}/figure1.png")
-    print(f"{folder}/table.md and figure1.png are written")
+# Section 9's questions -> settings of prepare_data.py, by what is on the x axis; "" is the world of Table 1
+QUESTIONS = {"share of labels flipped": {0: "", 0.1: "--label_noise 0.1", 0.2: "--label_noise 0.2", 0.4: "--label_noise 0.4"},
+             "preference pairs": {500: "--num_pairs 500", 2000: "--num_pairs 2000", 4000: "", 16000: "--num_pairs 16000"},
+             "width of the model": {32: "--dim 32", 64: "", 128: "--dim 128"}}
+QUESTION_SEEDS = (0, 1, 2)
+
+
+def changes(spo):
+    """One change at a time of the tuned SPO's flags: kinds of feedback, weights, rollouts -> name -> flags."""
+    others = {algo: spo.replace("--algo spo", f"--algo {algo}") for algo in ("best_of_n", "ranked")}
+    flags = ("--gamma 0.1", "--gamma 0.3", "--rollout_every 1", "--rollout_every 32", "--num_rollouts 32")
+    return {"none": spo, **others, **{change: f"{spo} {change}" for change in flags}}
+
+
+def ask_questions(chosen, folder):
+    """QUESTIONS, with the tuned flags of each method -> for each, method -> x -> the peak's win rate in each world."""
+    steps, curves = PROTOCOLS["toy"][0], {}
+    worlds = {changed: [World("toy", folder, seed, changed) for seed in QUESTION_SEEDS]
+              for question in QUESTIONS.values() for changed in question.values()}
+    run_all("changed worlds", World.prepare, sum(worlds.values(), []))
+    jobs = [(flags, world) for group in worlds.values() for world in group for flags in chosen.values()]
+    done = run_all("changed worlds' runs", lambda job: job[1].train_past_the_peak(job[0], steps, steps), jobs)
+    win_rates = {job: peak["win_rate"] for job, (peak, _) in zip(jobs, done)}
+    for question, settings in QUESTIONS.items():
+        curves[question] = {method: {x: [win_rates[flags, world] for world in worlds[changed]]
+                                     for x, changed in settings.items()} for method, flags in chosen.items()}
+    return curves
 
 
 def ablations(folder):
-    """Makes in `folder` the runs of ABLATIONS, on one seed, and table.md."""
-    same_data("data/toy", folder)
-    columns = ("step", "win_rate", "kl", "entropy", "length")
-    rows = [["changed", "evaluation", *columns, "ms per step"]]
-    all_flags = [change if change.startswith("--algo") else f"{SPO} {change}" for change in ABLATIONS]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        folders = list(pool.map(lambda flags: train_until(PROTOCOLS["toy"][0], flags, folder), all_flags))
-    for change, out in zip(ABLATIONS, folders):
-        ms = np.median([r["ms"] for r in read_log(out) if "loss" in r])
-        for name, r in (("peak", best_evaluation(out)), ("last", read_evaluations(out)[-1])):
-            cells = [f"{r[column]:.{COLUMNS[column]}f}" for column in columns]
-            rows.append([f"`{change or SPO}`", name, *cells, f"{ms:.0f}"])
-    write_text(f"{folder}/table.md", markdown(rows))
-    print(f"{folder}/table.md is written")
+    """Makes ablations.md, why.png and questions.png in the folder of Table 1."""
+    steps, late, seeds, _ = PROTOCOLS["toy"]
+    _, why = compare_methods("toy", {"SPO": TOY_GRID["SPO"], "DPO": TOY_GRID["DPO"], **WHY_GRID}, folder)
+    text = "".join(f"Settings chosen by the rule {rule}\n\n{table(why[rule], late)}\n" for rule in RULES)
+    figure({method: worlds for method, (_, worlds) in why["mean"].items()}, f"{folder}/why.png")
 
+    worlds = [World("toy", folder, seed) for seed in seeds]
+    flags_of = changes(why["peak"]["SPO"][0])
+    jobs = [(flags, world) for flags in flags_of.values() for world in worlds]
+    done = iter(run_all("changes", lambda job: job[1].train_past_the_peak(job[0], steps, steps), jobs))
+    text += table({name: (flags, [next(done) for _ in worlds]) for name, flags in flags_of.items()}, steps) + "\n"
+
+    _, runs = compare_methods("toy", {method: TOY_GRID[method] for method in ("SPO", "DPO", "IPO", "SLiC-HF")}, folder)
+    chosen = {method: flags for method, (flags, _) in runs["peak"].items()}
+    curves = ask_questions(chosen, folder)
+    text += "".join(f"{question}\n\n{curves_table(methods)}\n" for question, methods in curves.items())
+    draw_curves(curves, f"{folder}/questions.png")
+    write_text(f"{folder}/ablations.md", text)
+    print(f"{folder} has ablations.md, why.png and questions.png")
+
+
+# ---------------------------------------------------------------------------------------------------
+# A first comparison, on one seed
 
 def compare(folder):
     """Trains the runs of COMPARE side by side; prints a table and draws compare.png."""
     same_data("data/toy", folder)
 
     def run(flags):
-        return train_until(COMPARE_STEPS, flags, folder)
+        return train_until(COMPARE_STEPS, flags, f"{folder}/{'-'.join(flags.replace('--', '').split()[1:])}")
 
     runs = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for flags, out in zip(COMPARE, pool.map(run, COMPARE)):
-            runs[" ".join(flags.replace("--", "").split()[1:])] = [(best_evaluation(out), read_evaluations(out))]
+    for flags, evaluations in zip(COMPARE, run_all("runs", run, COMPARE)):
+        best = max(evaluations, key=lambda r: r["win_rate"])
+        runs[" ".join(flags.replace("--", "").split()[1:])] = [(best, evaluations)]
     print("\n                      best                last")
     print("                      win_rate (step) kl  win_rate (step) kl")
     for name, [(best, evaluations)] in runs.items():
@@ -164,103 +299,17 @@ def compare(folder):
     print(f"{folder}/compare.png is written")
 
 
-# Tables and figures. runs: method -> for each seed, its peak's record and the evaluations during training
-def markdown(rows):
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
-
-
-def mean_se(values, digits):
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
-
-
-def table(runs, tuned, steps):
-    """Table 1: means and standard errors over the seeds; leads are paired by seed. tuned: method -> flags."""
-    names = ["peak", f"step {steps}", f"{OVERTRAIN}x the peak's step", f"step {OVERTRAIN * steps}"]
-    columns = {name: digits for name, digits in COLUMNS.items() if name in runs["spo"][0][0]}
-    rows = [["method", "evaluation", *columns, "SPO's lead"]]
-    for i, name in enumerate(names):
-        for algo, seeds in runs.items():                                            # "spo" comes first
-            records = []
-            for peak, evaluations in seeds:
-                at = {r["step"]: r for r in evaluations}
-                records.append((peak, at[steps], at[OVERTRAIN * peak["step"]], at[OVERTRAIN * steps])[i])
-            win_rate = np.array([r["win_rate"] for r in records])
-            if algo == "spo":
-                spo, lead = win_rate, ""
-            else:
-                lead = mean_se(spo - win_rate, 3)
-            cells = [mean_se([r[column] for r in records], digits) for column, digits in columns.items()]
-            rows.append([f"`{tuned[algo].removeprefix('--algo ')}`", name, *cells, lead])
-    return markdown(rows)
-
-
-def winrate_by_kl(runs):
-    """The mean win rate of all seeds' evaluations in each band of KL, and in parentheses how many there are."""
-    middle = [f"{low} to {high}" for low, high in zip(KL_BANDS, KL_BANDS[1:])]
-    rows = [["kl", f"below {KL_BANDS[0]}", *middle, f"{KL_BANDS[-1]} and more"]]
-    for algo, seeds in runs.items():
-        bands = [[] for _ in rows[0][1:]]
-        for _, evaluations in seeds:
-            for r in evaluations:
-                bands[np.digitize(r["kl"], KL_BANDS)].append(r["win_rate"])
-        rows.append([f"`{algo}`", *(f"{np.mean(band):.3f} ({len(band)})" if band else "-" for band in bands)])
-    return markdown(rows)
-
-
-def figure(runs, path):
-    """Win rate and KL against steps, win rate against KL; means over seeds, shaded: standard deviations."""
-    try:
-        import matplotlib.pyplot as plt  # here, because nothing else needs it
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise UserError("figures need matplotlib: run `make plot` or `pip install matplotlib==3.11.2`.") from None
-    plt.switch_backend("Agg")
-    fig, axes = plt.subplots(1, 3, figsize=(9, 3.2 + 0.2 * len(runs)), layout="constrained")
-    for i, (name, seeds) in enumerate(runs.items()):
-        values = [[[r["step"], r["win_rate"], r["kl"]] for r in evaluations] for _, evaluations in seeds]
-        step, win_rate, kl = np.array(values, float).transpose(2, 0, 1)             # (seeds, evaluations)
-        color, line, marker = LINES[i % len(LINES)]                                 # which differ in grey, too
-        style = {"color": color, "marker": marker, "ms": 5}
-        for ax, y in ((axes[0], win_rate), (axes[1], kl)):
-            mean, deviation = y.mean(0), y.std(0, ddof=min(1, len(y) - 1))
-            ax.plot(step[0], mean, label=name, markevery=max(1, len(mean) // 8), ls=line, **style)
-            ax.fill_between(step[0], mean - deviation, mean + deviation, color=color, alpha=0.15, lw=0)
-        axes[2].plot(kl.flatten(), win_rate.flatten(), ls="", mfc="none", alpha=0.7, **style)
-    for ax, x, y in zip(axes, ("step", "step", "KL (nats)"), ("win rate", "KL (nats)", "win rate")):
-        ax.set(xlabel=x, ylabel=y)
-        ax.grid(alpha=0.3)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=(1, 2, 5, 10)))
-        if y == "win rate":
-            ax.axhline(0.5, color="grey", lw=1.5, label="0.5: level with the reference")
-    text = "one seed per curve"
-    if len(seeds) > 1:
-        text = f"mean of {len(seeds)} seeds; band: standard deviation over seeds"
-    fig.suptitle(f"{text}; right: every evaluation", fontsize=10)
-    fig.legend(handles=axes[0].lines, loc="outside lower center", ncols=max(1, 80 // max(map(len, runs))))
-    with atomic_write(path) as f:
-        fig.savefig(f, format="png", dpi=120)
-
-
 def main(argv=None):
-    p = Parser(description="Table 1 and Figure 1, ablations, or plots.")
+    p = Parser(description="Table 1 and Figure 1, ablations, a first comparison.")
     which = p.add_mutually_exclusive_group()
     which.add_argument("--model", choices=PROTOCOLS, default="toy", help="whose data and judge Table 1 is of")
-    which.add_argument("--ablations", action="store_true", help="change one setting of SPO at a time")
+    which.add_argument("--ablations", action="store_true", help="what the settings of SPO and the data do")
     which.add_argument("--compare", action="store_true", help="two SPO runs and DPO, past their peaks")
-    which.add_argument("--plot", nargs="+", metavar="RUN", help="plot the evaluations of these runs' folders")
-    p.add_argument("--out", help="the PNG that --plot writes (default: plot.png)")
     args = p.parse_args(argv)
-    if args.out and not args.plot:
-        p.error("--out is the PNG that --plot writes")
-    if args.plot:
-        runs = {out: [(best_evaluation(out), read_evaluations(out))] for out in args.plot}
-        figure(runs, args.out or "plot.png")
-        print(f"{args.out or 'plot.png'} is written")
-    elif args.compare:
+    if args.compare:
         compare("out/compare")
     elif args.ablations:
-        ablations("out/report/ablations")
+        ablations("out/report/toy")
     else:
         report(args.model, f"out/report/{args.model}")
 

@@ -181,6 +181,19 @@ def test_with_prompts_the_samples_for_the_same_held_out_prompt_are_compared(data
     assert record["win_rate"] != pytest.approx(mean_win(r, r_ref), rel=1e-3)
 
 
+def test_length_controlled_win_rate():
+    generator = torch.Generator().manual_seed(0)
+    length, length_ref = (mean + 10 * torch.randn(500, generator=generator) for mean in (70, 60))
+    longer = length[:, None] - length_ref
+    planted_length, planted_quality = (0.05 * longer).sigmoid(), (0.05 * longer + 0.7).sigmoid()
+    assert planted_length.mean() > 0.6
+    assert judge.length_controlled_win_rate(planted_length, longer) == pytest.approx(0.5, abs=1e-3)
+    assert judge.length_controlled_win_rate(planted_quality, longer) == pytest.approx(1 / (1 + math.exp(-0.7)), abs=1e-3)
+    same = torch.zeros(500, 500)
+    assert judge.length_controlled_win_rate(planted_quality, same) == pytest.approx(planted_quality.mean().item(), abs=1e-3)
+    assert 0.45 < judge.length_controlled_win_rate((longer > 0).float(), longer) < 0.55  # lengths decide every pair
+
+
 def test_the_reference_has_samples_of_the_same_length_limit(data, monkeypatch):
     """ref.npy, of 40 tokens, is cut where training samples fewer, and not used where it samples more."""
     monkeypatch.setattr(judge, "NUM_REF", 30)

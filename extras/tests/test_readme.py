@@ -84,7 +84,7 @@ COMMANDS = sorted({line.partition("#")[0].replace("...", "").strip() for page in
 PROGRAMS = dict(train="spo.py", data="prepare_data.py", theory="test_spo.py", test="-m pytest", sample="model.py",
                 evaluate="-m extras.judge", report="-m extras.report", ablations="-m extras.report --ablations",
                 compare="-m extras.report --compare",
-                plot="-m extras.report --plot", bench="-m extras.bench", clean="rm -rf out")
+                plot="-m extras.tables", bench="-m extras.bench", clean="rm -rf out")
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -1,4 +1,4 @@
-"""The report on made-up logs and programs, so that every number is known; the benchmark under a fake clock."""
+"""The report on made-up programs, so that every number is known; its statistics; the benchmark under a fake clock."""
 import json
 import os
 import sys
@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from extras import bench, report
+from extras import bench, report, tables
+from extras.judge import read_log
 from model import UserError
 
 
@@ -20,143 +21,217 @@ def write_run(folder, records):
         f.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def made_up_runs():
-    def seeds(first, *peaks):
-        log = [evaluation(step, first + step / 10_000, step / 100) for step in range(0, 1501, 50)]
-        return [(evaluation(step, win_rate), log) for step, win_rate in peaks]
-    return {"spo": seeds(0.5, (100, 0.8), (200, 0.9)), "dpo": seeds(0.3, (100, 0.7), (100, 0.6))}
-
-
 def cells(table):
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "---" not in line]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()
+            if line.startswith("|") and "---" not in line]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Statistics and tables
+
+def test_the_interval_is_students():
+    assert tables.mean_ci([1, 2, 3, 4, 5]) == pytest.approx((3, 2.776 * 2.5 ** 0.5 / 5 ** 0.5))
+    assert tables.mean_ci([1, 3]) == pytest.approx((2, 12.706))
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(4000):  # 1.96 instead of 4.303 would cover 0.81
+        mean, half_width = tables.mean_ci(rng.normal(size=3))
+        covered.append(abs(mean) < half_width)
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
+
+
+def made_up_runs():
+    def worlds(first, *peaks):
+        log = [evaluation(step, first + step / 10_000, step / 100) for step in range(0, 1001, 50)]
+        return "--flags", [(evaluation(step, win_rate), log) for step, win_rate in peaks]
+    return {"SPO": worlds(0.5, (100, 0.8), (200, 0.9)), "DPO": worlds(0.3, (100, 0.7), (100, 0.6))}
 
 
 def test_table():
-    heads, *rows = cells(report.table(made_up_runs(), {"spo": "--algo spo --alpha 1", "dpo": "--algo dpo"}, 300))
-    spo, dpo = rows[::2], rows[1::2]
-    assert dict(zip(heads, spo[0])) == {
-        "method": "`spo --alpha 1`", "evaluation": "peak", "step": "150 ± 50", "win_rate": "0.850 ± 0.050",
-        "kl": "2.0 ± 0.0", "entropy": "40.0 ± 0.0", "length": "60.0 ± 0.0", "SPO's lead": ""}
-    assert [row[2] for row in spo[1:]] == ["300 ± 0", "750 ± 250", "1500 ± 0"]
-    assert [row[3] for row in spo[1:]] == ["0.530 ± 0.000", "0.575 ± 0.025", "0.650 ± 0.000"]
-    assert [row[3] for row in dpo] == ["0.650 ± 0.050", "0.330 ± 0.000", "0.350 ± 0.000", "0.450 ± 0.000"]
-    assert [row[7] for row in dpo] == ["0.200 ± 0.100", "0.200 ± 0.000", "0.225 ± 0.025", "0.200 ± 0.000"]
+    heads, spo, dpo, late, dpo_late = cells(tables.table(made_up_runs(), 1000))
+    assert dict(zip(heads, spo)) == {
+        "method": "SPO: `--flags`", "evaluation": "peak", "step": "150 ± 635", "win_rate": "0.850 ± 0.635",
+        "kl": "2.0 ± 0.0", "entropy": "40.0 ± 0.0", "length": "60.0 ± 0.0", "lead of SPO": ""}
+    assert dpo[3] == "0.650 ± 0.635" and dpo[-1] == "0.200 ± 1.271"  # paired by world: 0.1 and 0.3
+    assert late[1:4] == ["step 1000", "1000 ± 0", "0.600 ± 0.000"] and dpo_late[-1] == "0.200 ± 0.000"
 
 
 def test_winrate_by_kl_counts_every_evaluation():
     log = [evaluation(0, i / 10, kl) for i, kl in enumerate([-1e-7, 0, 0.99, 1, 3.99, 4, 24.9, 25, 100, 1e6])]
-    heads, row = cells(report.winrate_by_kl({"spo": [(None, log)]}))
+    heads, row = cells(tables.winrate_by_kl({"SPO": ("", [(None, log)])}))
     assert heads[:3] + heads[-2:] == ["kl", "below 1", "1 to 2", "15 to 25", "25 and more"]
     assert row[1:] == ["0.100 (3)", "0.300 (1)", "0.400 (1)", "0.500 (1)", *"---", "0.600 (1)", "0.800 (3)"]
 
 
-def test_no_seed_is_tuned_on_and_reported():
-    for steps, tuning_seeds, seeds, grid in report.PROTOCOLS.values():
-        assert not set(tuning_seeds) & set(seeds) and len(set(map(len, grid.values()))) == 1
-        assert {algo: {flags.split()[1] for flags in grid[algo]} for algo in grid} == {algo: {algo} for algo in grid}
+# ---------------------------------------------------------------------------------------------------
+# The protocol
+
+def test_the_grid_is_e2s_and_no_seed_is_tuned_on_and_reported():
+    sizes = {method: len(set(settings)) for method, (_, settings) in report.TOY_GRID.items()}
+    assert sizes == {"SPO": 35, "DPO": 7, "IPO": 7, "SLiC-HF": 42, "RLHF": 7, "RL, true reward": 7}
+    for steps, late, seeds, methods in report.PROTOCOLS.values():
+        assert report.TUNING_SEED not in seeds and steps < late
+        for middle, settings in methods.values():
+            assert middle is None or middle in settings
+
+
+class FakePrograms:
+    """
+    Takes the place of run_program. Win rates follow from beta, learning rate and seed: on the tuning world 0.1 is best
+    by its peak and 0.3 by its mean, if the learning rate is 4e-4; elsewhere a win rate is 0.6 + seed / 100.
+    """
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, *argv):
+        self.calls.append(argv)
+        flags = dict(zip(argv[1:], argv[2:]))
+        if argv[0] == "prepare_data.py":
+            os.makedirs(flags["--data"], exist_ok=True)
+            for name in ("sft.pt", "pairs.npy", "ref.npy"):
+                with open(f"{flags['--data']}/{name}", "w") as f:
+                    f.write(flags["--seed"])
+        elif argv[:2] == ("-m", "extras.judge"):
+            folder, name = os.path.split(argv[2])
+            assert name == "best.pt" and read_log(folder)[-1]["step"] == 4  # before it is a later model
+            with open(f"{folder}/evaluations.jsonl", "w") as f:
+                f.write(json.dumps(evaluation(0, 0.5 + int(flags["--seed"]) / 100)) + "\n")
+        else:
+            self.train(flags, "--resume" in argv)
+
+    def train(self, flags, resume):
+        out, beta, seed = flags["--out"], float(flags["--beta"]), int(flags["--seed"])
+        assert os.path.exists(f"{out}/ckpt.pt") == resume and flags["--data"].startswith(f"data/toy-seed{seed}")
+        peak = 0.6 + seed / 100
+        if seed == report.TUNING_SEED:
+            peak = {0.1: 0.9, 0.3: 0.8, 1: 0.3}.get(beta, 0.7) - (flags["--lr"] != "4e-4") / 100
+        low = peak if beta == 0.3 else 0.2
+        records = [evaluation(0, 0.5), evaluation(2, peak), evaluation(4, low), evaluation(6, low)]
+        if beta == 1 and seed == report.TUNING_SEED:
+            records[2] |= dict(win_rate=0.99, kl=1000.0)  # beyond --max_kl, so it is not chosen by its peak
+        write_run(out, [dict(step=0, loss=1.0), *records[:2 + int(flags["--steps"]) // 2 - 1]])
+        open(f"{out}/ckpt.pt", "w").close()
 
 
 @pytest.fixture
-def calls(monkeypatch, tmp_path):
-    """The programs that a report runs, replaced by ones that log win rates known from alpha, seed and step."""
-    def fake_program(*argv):
-        calls.append(argv)
-        if argv[:2] == ("-m", "extras.judge"):
-            folder, name = os.path.split(argv[2])
-            assert name == "best.pt" and report.read_log(folder)[-1]["step"] == 4  # before it is a later model
-            return report.write_text(f"{folder}/evaluations.jsonl", json.dumps(evaluation(0, 0.5)) + "\n")
-        flags = dict(zip(argv[1:], argv[2:]))
-        out, alpha, seed = flags["--out"], float(flags.get("--alpha", 0.5)), int(flags.get("--seed", 0))
-        assert os.path.exists(f"{out}/ckpt.pt") == ("--resume" in argv)
-        win_rate = alpha if seed in (100, 101) else 1 - alpha  # on the reported seeds another alpha is best
-        log = [evaluation(step, win_rate - abs(step - 2) / 100) for step in range(0, int(flags["--steps"]) + 1, 2)]
-        if alpha == 0.1:
-            log[-1] |= dict(win_rate=0.99, kl=1000.0)  # beyond the bound, so it is not chosen for this
-        write_run(out, [dict(step=0, loss=1.0, ms=20.0), *log])
-        open(f"{out}/ckpt.pt", "w").close()
-
-    calls, grid = [], {"spo": [f"--algo spo --alpha {alpha}" for alpha in (0.1, 0.9, 0.5)]}
-    os.makedirs(tmp_path / "data/toy")
-    for name in ("sft.pt", "pairs.npy", "ref.npy"):
-        (tmp_path / "data/toy" / name).write_text(name)
+def programs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for name, x in dict(run_program=fake_program, figure=lambda *_: None, OVERTRAIN=2,
-                        PROTOCOLS={"toy": (4, (100, 101), (0, 1, 2, 3, 4), grid)}).items():
-        monkeypatch.setattr(report, name, x)
-    return calls
+    programs = FakePrograms()
+    grid = {"SPO": ("--algo spo --beta 0.1", [f"--algo spo --beta {beta}" for beta in (0.1, 0.2, 0.3, 1)]),
+            "RLHF": ("--reward model --beta 0.1", ["--reward model --beta 0.1"])}
+    for name in ("figure", "draw_sweep", "draw_curves"):
+        monkeypatch.setattr(report, name, lambda *_: None)
+    monkeypatch.setattr(report, "run_program", programs)
+    monkeypatch.setitem(report.PROTOCOLS, "toy", (4, 6, (0, 1, 2), grid))
+    return programs
 
 
-def test_report_tunes_on_other_seeds_and_runs_nothing_twice(calls):
+def test_report_tunes_on_another_world_and_runs_nothing_twice(programs, capsys):
     report.report("toy", "r")
-    table = open("r/table.md", encoding="utf-8").read()
-    assert cells(table)[1][:4] == ["`spo --alpha 0.9`", "peak", "2 ± 0", "0.500 ± 0.000"]
-    assert [argv[0] for argv in calls].count("-m") == 5 and len(calls) == 3 * 2 + 3 * 5
-    calls.clear()
+    text = open("r/table.md", encoding="utf-8").read()
+    by_peak, by_mean = text.split("Settings chosen by the rule mean")
+    assert "`--algo spo --beta 0.1 --lr 4e-4`" in by_peak and "`--algo spo --beta 0.3 --lr 4e-4`" in by_mean
+    spo, _, late, _ = cells(by_peak)[1:5]
+    assert spo[1:4] == ["peak", "2 ± 0", f"0.510 ± {4.303 * 0.01 / 3 ** 0.5:.3f}"] and late[3] == "0.200 ± 0.000"
+    kinds = [argv[1] if argv[0] == "-m" else argv[0] for argv in programs.calls]
+    # 4 worlds; learning rates and settings: 3 + 3 of SPO, 3 of RLHF; 3 settings are chosen, for 3 worlds, in 2 parts
+    assert (kinds.count("prepare_data.py"), kinds.count("extras.judge"), kinds.count("spo.py")) == (4, 9, 6 + 6 * 2)
+    assert kinds.count("extras.rlhf") == 3 + 3 * 2
+    assert "sweep: 5 of 5, 0:00:00 left" in capsys.readouterr().out
+    assert len(cells(open("r/sweep.md", encoding="utf-8").read())) == 1 + 5
+
+    programs.calls.clear()
     report.report("toy", "r")
-    assert calls == [] and open("r/table.md", encoding="utf-8").read() == table
-    killed, overtrained = (f"r/spo-alpha-0.9-model-toy-seed-{seed}" for seed in (100, 3))
+    assert {argv[0] for argv in programs.calls} == {"prepare_data.py"}  # which finds that nothing is missing
+    assert open("r/table.md", encoding="utf-8").read() == text
+    killed = "r/seed100/spo-beta-0.2-lr-4e-4"
+    late = next(f"r/seed2/{name}" for name in os.listdir("r/seed2") if name.startswith("model"))
     write_run(killed, [])  # after its first checkpoint, before its first evaluation
-    write_run(overtrained, report.read_log(overtrained)[:-1])
+    write_run(late, read_log(late)[:-1])
+    programs.calls.clear()
     report.report("toy", "r")
-    assert [argv[-2:] for argv in calls] == [(killed, "--resume"), (overtrained, "--resume")]
-
-
-def test_the_report_on_real_text_asks_its_judge(calls, monkeypatch):
-    monkeypatch.setitem(report.PROTOCOLS, "stories260K", report.PROTOCOLS["toy"])
-    os.rename("data/toy", "data/stories260K")
-    report.report("stories260K", "r")
-    judges = [argv[argv.index("--judge") + 1] for argv in calls]
-    assert set(judges) == {"readability"} and all("stories260K" in argv for argv in calls)
+    again = [argv for argv in programs.calls if argv[0] != "prepare_data.py"]
+    assert [argv[-2:] for argv in again] == [(killed, "--resume"), (late, "--resume")]
 
 
 @pytest.mark.parametrize("name", ["sft.pt", "pairs.npy", "ref.npy"])
-def test_report_refuses_other_data(calls, name):
-    report.same_data("data/toy", "r")
-    os.truncate(f"data/toy/{name}", 1)
-    with pytest.raises(UserError, match="r are on other data than data/toy"):
-        report.report("toy", "r")
-    assert calls == []
+def test_report_refuses_other_data(programs, monkeypatch, name):
+    report.World("toy", "r", 100).prepare()
+    prepare = report.World("toy", "r", 100)
+    monkeypatch.setattr(report, "run_program", lambda *argv: os.truncate(f"data/toy-seed100/{name}", 1))
+    with pytest.raises(UserError, match="r/seed100 are on other data than data/toy-seed100"):
+        prepare.prepare()
 
 
-def test_ablations(calls):
-    report.ablations("a")
-    flags = {" ".join(argv[1:argv.index("--steps")]) for argv in calls}
-    assert len(flags) == len(report.ABLATIONS)
-    assert {f"{report.SPO} --gamma 0.1", "--algo dpo --beta 0.001 --lr 4e-4"} <= flags
-    rows = cells(open("a/table.md", encoding="utf-8").read())[1:]
-    assert len(rows) == 2 * len(flags) and rows[1][1:4] == ["last", "4", "0.680"]
-    assert rows[0] == [f"`{report.SPO}`", "peak", "2", "0.700", "2.0", "40.0", "60.0", "20"]
+def test_ablations(programs, monkeypatch):
+    methods = report.PROTOCOLS["toy"][3]
+    for name in ("DPO", "IPO", "SLiC-HF"):
+        methods[name] = (f"--algo {name} --beta 0.1", [f"--algo {name} --beta 0.1"])
+    monkeypatch.setattr(report, "TOY_GRID", methods)
+    monkeypatch.setattr(report, "WHY_GRID", {"SPO, no KL": ("--algo spo --beta 0", ["--algo spo --beta 0"])})
+    report.ablations("r")
+    text = open("r/ablations.md", encoding="utf-8").read()
+    assert "SPO, no KL: `--algo spo --beta 0 --lr 4e-4`" in text
+    assert "ranked: `--algo ranked --beta 0.1 --lr 4e-4`" in text and "--num_rollouts 32`" in text
+    assert "share of labels flipped" in text and "| SPO | 0.510 ± 0.025 |" in text
+    changed = {argv[-2:] for argv in programs.calls if argv[0] == "prepare_data.py"}
+    assert ("--label_noise", "0.4") in changed and ("--num_pairs", "500") in changed and ("--dim", "128") in changed
 
 
-def test_compare_trains_past_the_peaks(calls, monkeypatch, capsys):
-    monkeypatch.setattr(report, "COMPARE_STEPS", 8)
+def test_compare_trains_past_the_peaks(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    FakePrograms()("prepare_data.py", "toy", "--data", "data/toy", "--seed", "0")
+    logs = []
+
+    def train(*argv):
+        logs.append(" ".join(argv[1:argv.index("--steps")]))
+        write_run(argv[-1], [evaluation(0, 0.5), evaluation(2, 0.7), evaluation(int(argv[-3]), 0.64)])
+
+    monkeypatch.setattr(report, "run_program", train)
+    monkeypatch.setattr(report, "figure", lambda *_: None)
     report.compare("c")
-    assert {" ".join(argv[1:argv.index("--out")]) for argv in calls} == {f"{x} --steps 8" for x in report.COMPARE}
+    assert sorted(logs) == sorted(report.COMPARE)
     rows = capsys.readouterr().out.splitlines()[-4:-1]
-    assert " ".join(rows[1].split()) == "spo alpha 0.3 lr 4e-4 0.700 ( 2) 2.0 0.640 ( 8) 2.0"
+    assert " ".join(rows[1].split()) == "spo alpha 0.3 lr 4e-4 0.700 ( 2) 2.0 0.640 (1000) 2.0"
     assert all(len(row) <= 60 for row in rows)
 
+
+# ---------------------------------------------------------------------------------------------------
+# Figures, mistakes, the benchmark
 
 def test_figures_draw_what_is_in_the_logs(monkeypatch, tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
     drawn, subplots = [], plt.subplots
     monkeypatch.setattr(plt, "subplots", lambda *args, **more: drawn.append(subplots(*args, **more)) or drawn[-1])
     monkeypatch.chdir(tmp_path)
-    for name, win_rate in (("a", 0.5), ("b", 0.6)):
+    for name, win_rate in (("a", 0.5), ("out/a-run-of-a-long-name", 0.6)):
         write_run(name, [evaluation(0, win_rate, 0.0), dict(step=1, loss=1.0), evaluation(2, win_rate + 0.1, 3.0)])
-    report.main(["--plot", "a", "b", "--out", "plot.png"])
-    report.figure(made_up_runs(), "figure.png")
+    tables.main(["a", "out/a-run-of-a-long-name", "--out", "plot.png"])
+    tables.figure({method: worlds for method, (_, worlds) in made_up_runs().items()}, "figure.png")
     (fig, plots), (_, means) = drawn  # each of win_rate by step, kl by step, win_rate by kl
     a, b, half = plots[0].lines
     assert np.allclose(half.get_ydata(), 0.5) and np.allclose(b.get_xydata(), [[0, 0.6], [2, 0.7]])
-    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["a", "b", "0.5: level with the reference"]
+    names = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert names == ["a", "out/a-run-of-a-long-name", "0.5: level with the reference"]
     assert a.get_linestyle() != b.get_linestyle() and a.get_marker() != b.get_marker()
-    assert "one seed per curve" in fig.get_suptitle() and all(x % 1 == 0 for x in plots[0].get_xticks())
-    assert "mean of 2 seeds; band: standard deviation" in drawn[1][0].get_suptitle()
-    steps = np.arange(0, 1501, 50)
+    assert "one run per curve" in fig.get_suptitle() and all(x % 1 == 0 for x in plots[0].get_xticks())
+    assert "mean of 2 runs; band: standard deviation" in drawn[1][0].get_suptitle()
+    steps = np.arange(0, 1001, 50)
     win_rate, kl = 0.3 + steps / 10_000, steps / 100
-    for ax, expected in zip(means, ((steps, win_rate), (steps, kl), (2 * [*kl], 2 * [*win_rate]))):
+    for ax, expected in zip(means, ((steps, win_rate), (steps, kl), (kl, win_rate))):
         assert np.allclose(ax.lines[1].get_data(), expected)
+    assert {text.get_text().strip(): text.get_position() for text in means[0].texts}["DPO"] == (1000, 0.4)
+
+
+def test_the_other_figures(monkeypatch, tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    drawn, subplots = [], plt.subplots
+    monkeypatch.setattr(plt, "subplots", lambda *args, **more: drawn.append(subplots(*args, **more)) or drawn[-1])
+    tables.draw_sweep({"SPO": [dict(peak=0.8, last=0.7)], "DPO": [dict(peak=0.6, last=0.2)]}, 500, tmp_path / "s.png")
+    assert [line.get_xydata().tolist() for line in drawn[0][1].lines[:2]] == [[[0.8, 0.7]], [[0.6, 0.2]]]
+    tables.draw_curves({"pairs": {"SPO": {500: [0.5, 0.7], 4000: [0.8, 0.8]}}}, tmp_path / "c.png")
+    ax = drawn[1][1][0, 0]
+    assert ax.lines[0].get_xydata().tolist() == [[500, 0.6], [4000, 0.8]] and ax.get_xscale() == "log"
 
 
 def test_mistakes_are_told(monkeypatch, tmp_path):
@@ -168,9 +243,7 @@ def test_mistakes_are_told(monkeypatch, tmp_path):
         report.same_data(str(tmp_path), str(tmp_path))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
-        report.figure(made_up_runs(), str(tmp_path / "plot.png"))
-    with pytest.raises(SystemExit):
-        report.main(["--out", "x.png"])
+        tables.figure({"SPO": made_up_runs()["SPO"][1]}, str(tmp_path / "plot.png"))
 
 
 def test_bench_by_a_fake_clock(monkeypatch, capsys):
