@@ -53,7 +53,8 @@ help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16 | \
 	  fold -s -w $${COLUMNS:-80}
 
-# The main job. It creates its data on first use, so that one command is enough
+# The main job. It creates its data on first use, so that one command is enough. ALGO is spo, best_of_n,
+# ranked, dpo, hypo, ipo or slic
 train: data  ## align the model: ALGO=spo ALPHA=0.01 (BETA GAMMA DELTA MODEL OUT SEED STEPS RESUME ARGS)
 	@$(PY) spo.py $(call flag,ALGO,--algo) $(call flag,ALPHA,--alpha) $(call flag,BETA,--beta) \
 	  $(call flag,GAMMA,--gamma) $(call flag,DELTA,--delta) $(call flag,MODEL,--model) $(call flag,DATA,--data) \

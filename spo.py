@@ -1,5 +1,6 @@
 """
-Soft Preference Optimization (arXiv 2405.00747), and the methods the paper compares it with: DPO, IPO, SLiC-HF.
+Soft Preference Optimization (arXiv 2405.00747), and the methods the paper compares it with: DPO, IPO, SLiC-HF; and
+HyPO, DPO's loss with SPO's regularizer.
 
 Reads from top to bottom in the order of the paper: log pi(y), one function per loss, the KL on the model's own
 samples, and the training loop that adds them up (Eq. 1). Equation numbers are the paper's. The losses need nothing
@@ -147,7 +148,7 @@ def preference_loss(args, logp, ref_logp, mu):
         return best_of_n_loss(logp, best, args.alpha)
     if args.algo == "ranked":
         return ranked_loss(logp, args.alpha)
-    if args.algo == "dpo":
+    if args.algo in ("dpo", "hypo"):
         return dpo_loss(logp_w, logp_l, ref_w, ref_l, args.beta)
     if args.algo == "ipo":
         return ipo_loss(logp_w, logp_l, ref_w, ref_l, args.beta)
@@ -381,11 +382,13 @@ def train(args, evaluate=None, generate=generate, stop=None):
             return policy
     start_step, rollouts, history = state["step"], state["rollouts"], state["history"]
     best_win_rate, skipped, in_a_row = state["best_win_rate"], state["skipped"], 0
-    use_kl = args.algo in ("spo", "best_of_n", "ranked") and args.beta > 0
+    reg_weight = args.beta_kl if args.algo == "hypo" else args.beta  # hypo's beta is that of DPO's loss
+    use_kl = args.algo in ("spo", "best_of_n", "ranked", "hypo") and reg_weight > 0
     mu = torch.ones(len(data), device=args.device)
-    # DPO and IPO compare with log pi_ref of the data, which never changes. It is read in the batches of the first
-    # epoch: the same shapes round alike, so that policy and reference agree to the last bit at step 0.
-    batches = epoch_batches(len(data), args.batch_size, args.seed, BATCH, 0) if args.algo in ("dpo", "ipo") else []
+    # DPO's and IPO's losses compare with log pi_ref of the data, which never changes. It is read in the batches of the
+    # first epoch: the same shapes round alike, so that policy and reference agree to the last bit at step 0.
+    reads_ref = args.algo in ("dpo", "ipo", "hypo")
+    batches = epoch_batches(len(data), args.batch_size, args.seed, BATCH, 0) if reads_ref else []
     with autocast(args):
         ref_logp = dataset_logp(ref, data, batches, args.micro_batch_size)          # (N, n), 0 if not read
 
@@ -429,24 +432,24 @@ def train(args, evaluate=None, generate=generate, stop=None):
             pref.backward()
             metrics += batch_metrics(pref, logp.detach(), mask, args.batch_size)
 
-        # 3. + beta * the regularizer: the KL on the rollouts; for SLiC-HF the NLL of samples of the reference
+        # 3. + its weight * the regularizer: the KL on the rollouts; for SLiC-HF the NLL of samples of the reference
         reg = torch.zeros(1, device=args.device)
         for y, mask, ref_hidden in rollouts:
             with autocast(args):
                 kl = rollout_kl(policy, ref, y, mask, ref_hidden).sum() / args.num_rollouts
-            (args.beta * kl).backward()
+            (reg_weight * kl).backward()
             reg += kl.detach()
         if args.algo == "slic":
             batch = batch_indices(len(ref_samples), args.batch_size, args.seed, SLIC_BATCH, step)
             for _, y, mask in micro_batches(ref_samples, batch, args.micro_batch_size, args.device):
                 with autocast(args):
                     nll = -seq_logp(policy, y, mask).sum() / args.batch_size
-                (args.beta * nll).backward()
+                (reg_weight * nll).backward()
                 reg += nll.detach()
 
         # 4. AdamW on the gradient, clipped at norm 1; a step that is not finite is skipped
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        loss = metrics[:1] + args.beta * reg  # reg is 0 for DPO and IPO
+        loss = metrics[:1] + reg_weight * reg  # reg is 0 for DPO and IPO
         if (grad_norm + loss).isfinite():
             optimizer.step()
             in_a_row = 0
@@ -678,11 +681,13 @@ ALGOS = {
     "best_of_n": dict(alpha=0.01, beta=0.1, num_rollouts=8, rollout_every=8),
     "ranked": dict(alpha=0.01, beta=0.1, num_rollouts=8, rollout_every=8),
     "dpo": dict(beta=0.3),
+    "hypo": dict(beta=0.1, beta_kl=0.05, num_rollouts=8, rollout_every=8),  # arXiv 2406.01462
     "ipo": dict(beta=0.03),
     "slic": dict(beta=0.1, delta=10.0),
 }
 HELP = dict(alpha="softness: the fixed point is softmax(r / alpha)", gamma="exponent of Section 4's weight mu; 0: none",
-            beta="weight of the regularizer; for dpo its own beta, for ipo its tau", delta="SLiC-HF's margin",
+            beta="weight of the regularizer; for dpo and hypo DPO's beta, for ipo its tau",
+            beta_kl="weight of the regularizer, SPO's KL", delta="SLiC-HF's margin",
             num_rollouts="samples per rollout, R", rollout_every="steps between rollouts, Appendix D's k")
 # Per model. REAL and REAL_ALGOS were measured on stories260K with the readability judge (docs/results.md). For wider
 # models the learning rate is divided by the ratio of the widths, a guess; stories110M has E.2's batch, steps and so on.
@@ -693,10 +698,12 @@ REAL = dict(batch_size=8, micro_batch_size=32, warmup=10, steps=60, max_new_toke
 PAPER = dict(batch_size=128, warmup=5000, steps=40000, eval_every=1000, num_eval_samples=1000, num_rollouts=32)
 MODELS = {"toy": TOY, "toy-naive": TOY | {"judge": "toy-naive"}, "stories260K": REAL, "stories15M": REAL,
           "stories42M": REAL, "stories110M": REAL | PAPER}
-TOY_LR = {"spo": 2e-4, "best_of_n": 2e-4, "ranked": 2e-4, "dpo": 4e-4, "ipo": 4e-4, "slic": 4e-4}
+TOY_LR = {"spo": 2e-4, "best_of_n": 2e-4, "ranked": 2e-4, "dpo": 4e-4, "hypo": 4e-4, "ipo": 4e-4,
+          "slic": 4e-4}
 WIDTHS = {"stories15M": 288, "stories42M": 512, "stories110M": 768}  # others are taken for 64, that of stories260K
 REAL_ALGOS = {"spo": dict(beta=0.5, lr=5e-5), "best_of_n": dict(beta=0.5, lr=5e-5), "ranked": dict(beta=0.5, lr=5e-5),
-              "dpo": dict(beta=0.1, lr=2e-5), "ipo": dict(beta=0.03, lr=2e-5), "slic": dict(beta=0.3, lr=5e-5)}
+              "dpo": dict(beta=0.1, lr=2e-5), "hypo": dict(beta=0.1, beta_kl=0.5, lr=2e-5),  # hypo's are a guess
+              "ipo": dict(beta=0.03, lr=2e-5), "slic": dict(beta=0.3, lr=5e-5)}
 JUDGES = ("none", "toy", "toy-naive", "reward", "readability", "llm")
 AT_LEAST_1 = ("num_rollouts", "rollout_every", "batch_size", "micro_batch_size", "steps", "max_new_tokens",
               "eval_every", "num_eval_samples", "log_every")
@@ -770,7 +777,8 @@ def get_args(argv=None):
         p.error("--num_eval_samples is 1: a standard error needs 2 or more")
     if algo == "ipo" and args.beta == 0:
         p.error("--beta is 0, but ipo's target margin is 1/(2 beta)")
-    settings = [f"{name}{getattr(args, name):g}" for name in ("alpha", "beta", "gamma", "delta") if name in ALGOS[algo]]
+    settings = [f"{name}{getattr(args, name):g}" for name in ("alpha", "beta", "beta_kl", "gamma", "delta")
+                if name in ALGOS[algo]]
     name = "-".join([os.path.basename(os.path.abspath(args.data)), algo, *settings, f"seed{args.seed}"])
     args.out = args.out.replace("<data>-<algo>-<settings>-seed<seed>", name).rstrip("/")
     args.init = args.init.replace("<data>", args.data)

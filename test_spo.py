@@ -508,15 +508,16 @@ def read_prompt_length(data, name):
     return torch.from_numpy(np.load(path).astype(int)) if path.exists() else torch.ones(12, dtype=torch.long)
 
 
-RUNS = ["spo", "spo --gamma 0.1", "spo --alpha 0", "best_of_n", "ranked", "dpo", "ipo", "slic"]
+RUNS = ["spo", "spo --gamma 0.1", "spo --alpha 0", "best_of_n", "ranked", "dpo", "hypo --beta_kl 0.3", "ipo", "slic"]
 
 
 @pytest.mark.parametrize("algo", RUNS)
 def test_three_steps_against_a_plain_loop(data, tmp_path, algo):
     flags = f"--steps 3 --batch_size 4 --micro_batch_size 5 --lr 3e-3 --warmup 2 --log_every 1 --max_new_tokens 16 " \
             f"--data {data} --out {tmp_path}/run --judge none --algo {algo}"
-    use_kl = algo.split()[0] in ("spo", "best_of_n", "ranked")
+    use_kl = algo.split()[0] in ("spo", "best_of_n", "ranked", "hypo")
     args = spo.get_args((flags + " --beta 0.5 --num_rollouts 4 --rollout_every 2" * use_kl).split())
+    reg_weight = getattr(args, "beta_kl", args.beta)
     trained = spo.train(args)
     log = [json.loads(line) for line in open(f"{args.out}/log.jsonl")]
     policy, ref = load(data / "sft.pt"), load(data / "sft.pt").requires_grad_(False)
@@ -534,6 +535,7 @@ def test_three_steps_against_a_plain_loop(data, tmp_path, algo):
         first = torch.zeros(4, dtype=torch.long)
         pref = {"spo": spo.spo_loss(w, l, alpha, mu), "best_of_n": spo.best_of_n_loss(logp, first, alpha),
                 "ranked": spo.ranked_loss(logp, alpha), "dpo": spo.dpo_loss(w, l, ref_w, ref_l, args.beta),
+                "hypo": spo.dpo_loss(w, l, ref_w, ref_l, args.beta),
                 "ipo": spo.ipo_loss(w, l, ref_w, ref_l, args.beta), "slic": spo.slic_loss(w, l, delta)}[args.algo]
         reg = torch.zeros(())
         if use_kl:
@@ -549,11 +551,11 @@ def test_three_steps_against_a_plain_loop(data, tmp_path, algo):
             reg = -slow_logp(policy, ref_samples[batch, 0], ref_lengths[batch]).mean()
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 2)
         optimizer.zero_grad()
-        (pref.mean() + args.beta * reg).backward()
+        (pref.mean() + reg_weight * reg).backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         margin = w - logp[:, 1:].amax(1)
-        expected = dict(pref=pref.mean(), reg=reg, loss=pref.mean() + args.beta * reg, margin=margin.mean(),
+        expected = dict(pref=pref.mean(), reg=reg, loss=pref.mean() + reg_weight * reg, margin=margin.mean(),
                         accuracy=(margin > 0).float().mean(), chosen=w.mean(), grad_norm=norm)
         for key, value in expected.items():
             assert record[key] == pytest.approx(value.item(), rel=2e-3, abs=1e-4), (step, key)

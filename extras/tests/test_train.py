@@ -66,7 +66,7 @@ def test_a_run_starts_at_the_reference_and_resumes_exactly(world, tmp_path, monk
     log = run(world, tmp_path / "a", *flags)
     assert [r["step"] for r in log] == [0, 1, 3, 5, 6, 9, 10] and log[0]["kl"] == 0 < log[-1]["kl"]
     assert log[1]["reg"] == 0 or "slic" in flags
-    assert "dpo" not in flags or log[1]["loss"] == torch.tensor(2.0).log().item()
+    assert flags[1] not in ("dpo", "hypo") or log[1]["loss"] == torch.tensor(2.0).log().item()
     with dying_after_checkpoint(monkeypatch, 5):
         run(world, tmp_path / "b", *flags)
     again = run(world, tmp_path / "b", *flags, "--resume")
@@ -181,6 +181,25 @@ def test_the_best_model_is_kept_before_its_win_rate_is_logged(world, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         spo.train(get_args(world, tmp_path / "c", *flags), evaluate)
     assert os.path.exists(tmp_path / "c/best.pt")
+
+
+def test_hypo_is_dpos_loss_with_spos_regularizer(world, tmp_path, monkeypatch):
+    flags = ["--judge", "none", "--log_every", "1", "--algo"]
+    for name, algo in (("dpo", "dpo --beta 0.2"), ("hypo", "hypo --beta 0.2 --beta_kl 0")):
+        run(world, tmp_path / name, *flags, *algo.split())
+    assert torch.equal(weights(tmp_path / "hypo/ckpt.pt"), weights(tmp_path / "dpo/ckpt.pt"))
+    # the regularizer alone, from a policy that is not the reference
+    logs = []
+    monkeypatch.setattr(spo, "preference_loss", lambda args, logp, ref_logp, mu: 0 * logp[:, 0])
+    for algo in ("spo --beta 0.3", "hypo --beta_kl 0.3", "hypo --beta_kl 0.1"):
+        policy, ref = model.load(f"{world}/sft.pt"), model.load(f"{world}/sft.pt")
+        policy.norm.weight.data.mul_(1.5)
+        models = iter((policy, ref))
+        monkeypatch.setattr(spo, "load", lambda *_: next(models))
+        logs.append(without_times(run(world, tmp_path / algo, *flags, *algo.split())))
+    assert torch.equal(weights(tmp_path / "spo --beta 0.3/ckpt.pt"), weights(tmp_path / "hypo --beta_kl 0.3/ckpt.pt"))
+    assert logs[0] == logs[1] and logs[0][0]["reg"] > 1
+    assert logs[2][0]["grad_norm"] == pytest.approx(logs[1][0]["grad_norm"] / 3, rel=1e-4)
 
 
 def test_rollouts_every_k_steps_by_the_given_sampler(world, tmp_path):
