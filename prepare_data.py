@@ -36,7 +36,7 @@ from spo import (BATCH, PROMPT_LENGTH, Responses, batch_indices, check_length, d
                  model_defaults, no_prompts, rng, sample, seq_logp)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PAIRS, RANKED, REF, HELDOUT, MADE, LABELS = range(100, 106)  # purposes of spo.rng: what is drawn
+PAIRS, RANKED, REF, HELDOUT, MADE, LABELS, NOISE = range(100, 107)  # purposes of spo.rng: what is drawn
 TOY_FILES, CHECKPOINT_FILES = ("stories.npy", "heldout.npy", "sft.pt"), ("sft.pt", "tokenizer.model")
 RESPONSE_FILES = (*PAIR_FILES, "ranked.npy", "heldout_ranked.npy", "best.npy", "heldout_best.npy", "ref.npy")
 SOURCE_FILES = (*RESPONSE_FILES, *(name.replace(".npy", PROMPT_LENGTH) for name in RESPONSE_FILES), "made.npy",
@@ -68,12 +68,12 @@ def train_tokenizer(path):
         f.write(learned.getvalue())
 
 
-def pretrain(stories, heldout, steps, seed):
-    """Trains the toy model by maximum likelihood on stories (N, 1, T) -> Transformer."""
+def pretrain(stories, heldout, steps, seed, dim):
+    """Trains a toy model of width dim by maximum likelihood on stories (N, 1, T) -> Transformer."""
     stories, heldout = Responses(stories), Responses(heldout)
-    batch_size, micro_batch_size, max_lr, warmup = 32, 16, 5e-3, 50
+    batch_size, micro_batch_size, max_lr, warmup = 32, 16, 5e-3 * 64 / dim, 50
     torch.manual_seed(seed)
-    model = Transformer(ModelArgs(**toyworld.MODEL_ARGS)).to(DEVICE)
+    model = Transformer(ModelArgs(**toyworld.MODEL_ARGS | {"dim": dim})).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=max_lr, betas=(0.9, 0.95), fused=True)
     for step in range(steps):
         decay = math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))
@@ -109,7 +109,10 @@ def opening_sentences(stories, tokenizer):
 
 
 def save_labeled_samples(folder, tokenizer, name, rows, n, purpose):
-    """rows of n samples, ranked by the expert's reward; with the setting prompted they continue sentences."""
+    """
+    rows of n samples, ranked by the expert's reward; with the setting prompted they continue sentences. Of the training
+    pairs a share of label_noise is turned around.
+    """
     settings, prompts = folder.settings, no_prompts(rows)
     if settings["prompted"]:
         stories = np.load(f"{folder.path}/{'heldout' if purpose == HELDOUT else 'stories'}.npy")
@@ -120,6 +123,9 @@ def save_labeled_samples(folder, tokenizer, name, rows, n, purpose):
     taste = toyworld.TASTES[settings["model"]]
     r = [toyworld.reward(text, taste) for text in tokenizer.decode(y.flatten(0, 1).tolist())]
     ranked = sample_ranking(y, torch.tensor(r).view(rows, n), rng(settings["seed"], LABELS, purpose))
+    if purpose == PAIRS:
+        flipped = torch.rand(rows, generator=rng(settings["seed"], NOISE)) < settings["label_noise"]
+        ranked[flipped] = ranked[flipped].flip(1)
     folder.save_tokens(f"{name}.npy", ranked)
 
 
@@ -136,7 +142,7 @@ def prepare_toy(folder, tokenizer):
     if not folder.has("sft.pt"):
         with folder.new_file("sft.pt") as path:
             stories, heldout = np.load(f"{folder.path}/stories.npy"), np.load(f"{folder.path}/heldout.npy")
-            save(pretrain(stories, heldout, settings["sft_steps"], seed), path)
+            save(pretrain(stories, heldout, settings["sft_steps"], seed, settings["dim"]), path)
     if settings["source"] != "toy":
         return
     num_pairs = settings["num_pairs"]
@@ -232,6 +238,8 @@ def get_args(argv=None):
     p.add_argument("--seed", type=int, help="of stories, training and samples (default: 0)")
     p.add_argument("--num_stories", type=int, help="stories of the grammar to train on (default: 20000)")
     p.add_argument("--sft_steps", type=int, help="steps of that training (default: 1000)")
+    p.add_argument("--dim", type=int, help="width of the toy Llama, a multiple of 8 (default: 64)")
+    p.add_argument("--label_noise", type=float, help="share of the toy world's training pairs turned around (default: 0)")
     p.add_argument("--prompted", action="store_true", default=None, help="toy: responses continue a story's opening")
     p.add_argument("--num_pairs", type=int, help="pairs to sample; half as many rows of four (default: 4000)")
     p.add_argument("--num_ref", type=int, help="samples in ref.npy (default: 2000; --judge readability: 12000)")
@@ -248,6 +256,10 @@ def check_args(args):
         highest = 2 ** 63 - 1 if name == "seed" else MOST
         if value is not None and not lowest <= value <= highest:
             raise UserError(f"--{name} is {value}, but must be from {lowest} to {highest}.")
+    if args.dim is not None and args.dim not in range(8, 1025, 8):
+        raise UserError(f"--dim is {args.dim}, but must be a multiple of 8 from 8 to 1024.")
+    if args.label_noise is not None and not 0 <= args.label_noise <= 1:
+        raise UserError(f"--label_noise is {args.label_noise}, but must be from 0 to 1.")
     if not re.fullmatch(r"\w[\w.-]*", args.model, re.ASCII):
         raise UserError(f"{args.model} is not a name: give one of letters, digits, _, - and .")
     if args.init is not None and (args.model in toyworld.TASTES or args.tokenizer is None):
@@ -260,9 +272,9 @@ def default_settings(model, source, judge):
     toy = model in toyworld.TASTES
     defaults = dict(model=model, source=source)
     if toy:
-        defaults.update(num_stories=20_000, sft_steps=1000)
+        defaults.update(num_stories=20_000, sft_steps=1000, dim=64)
     if source == "toy":
-        defaults.update(prompted=False)
+        defaults.update(prompted=False, label_noise=0.0)
     if source is not None:
         defaults.update(seed=0, num_ref=2000, reward_steps=None if toy else 1000,
                         max_new_tokens=model_defaults(model)["max_new_tokens"])

@@ -634,11 +634,11 @@ LEAST_IMPORTANT = ("chosen", "rejected", "grad_norm", "accuracy", "reg")  # left
 
 
 def table_row(cells):
-    """The cells of COLUMNS that fit the screen as a row; cells: column -> text."""
-    widths = dict(COLUMNS)
+    """The cells of COLUMNS that there are, and that fit the screen, as a row; cells: column -> text."""
+    widths = {name: width for name, width in COLUMNS.items() if name in cells}
     for name in LEAST_IMPORTANT:
         if sum(widths.values()) > screen_width():
-            del widths[name]
+            widths.pop(name, None)
     return "".join(cells[name].rjust(width) for name, width in widths.items())
 
 

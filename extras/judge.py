@@ -80,6 +80,36 @@ def load_readability(path, model_args, tokenizer):
     return Readability(tokenizer.decode(ref_samples[NUM_REF:].tolist()))
 
 
+def load_reward_judge(args):
+    """The fitted reward model <data>/reward.pt, whose hash is recorded. Raises UserError where there is none."""
+    path = f"{args.data}/reward.pt"
+    if not os.path.exists(path):
+        reason = DataFolder(args.data).settings.get("no_reward_model")
+        if reason is not None:
+            raise UserError(f"{path} does not exist, for no reward model was found better than chance "
+                            f"({reason}): give more preferences, in another folder, or another --judge.")
+        raise UserError(f"{path} does not exist: create it with `make data MODEL={args.model} "
+                        "ARGS='--reward_steps 1000'`, or name another --judge.")
+    args.hashes["reward.pt"] = file_hash(path)
+    return load_reward_model(path, args.device)
+
+
+def make_rewards(args, name, tokenizer, readability=None):
+    """The rewards of the judge called name as a function of samples y (N, T) -> (N,). readability: that judge."""
+    if name == "reward":
+        model = load_reward_judge(args)
+
+    @torch.no_grad()
+    def rewards(y):
+        if name == "reward":
+            return torch.cat([reward_at_end(model, part, spo.response_mask(part)) for part in y.split(BATCH)]).cpu()
+        stories = tokenizer.decode(y.tolist())
+        if name == "readability":
+            return torch.tensor([readability.score(story) for story in stories])
+        return torch.tensor([toyworld.reward(story, toyworld.TASTES[name]) for story in stories])
+    return rewards
+
+
 def make_judge(args, tokenizer, y_ref, paired=False):
     """
     The judge args.judge as a function of samples y (N, T) -> dict: its name, their win rate against the samples
@@ -94,31 +124,11 @@ def make_judge(args, tokenizer, y_ref, paired=False):
             return {"judge": args.judge_model, **llm_win_rate(judge_pairs(pairs, f"{args.data}/verdicts.jsonl"))}
         return ask_llm
 
-    path = f"{args.data}/reward.pt"
-    if args.judge == "reward":
-        if not os.path.exists(path):
-            reason = DataFolder(args.data).settings.get("no_reward_model")
-            if reason is not None:
-                raise UserError(f"{path} does not exist, for no reward model was found better than chance "
-                                f"({reason}): give more preferences, in another folder, or another --judge.")
-            raise UserError(f"{path} does not exist: create it with `make data MODEL={args.model} "
-                            "ARGS='--reward_steps 1000'`, or name another --judge.")
-        args.hashes["reward.pt"] = file_hash(path)
-        model = load_reward_model(path, args.device)
+    readability = None
     if args.judge == "readability":
         spo.hash_files(args, "ref.npy")
         readability = load_readability(f"{args.data}/ref.npy", load(args.init).args, tokenizer)
-
-    @torch.no_grad()
-    def rewards(y):                                                                 # (N, T) -> (N,)
-        if args.judge == "reward":
-            return torch.cat([reward_at_end(model, part, spo.response_mask(part)) for part in y.split(BATCH)]).cpu()
-        stories = tokenizer.decode(y.tolist())
-        if args.judge == "readability":
-            return torch.tensor([readability.score(story) for story in stories])
-        taste = toyworld.TASTES[args.judge]
-        return torch.tensor([toyworld.reward(story, taste) for story in stories])
-
+    rewards = make_rewards(args, args.judge, tokenizer, readability)
     r_ref, length_ref = rewards(y_ref), spo.response_mask(y_ref).sum(1).cpu().float()
     prefer = higher if args.judge == "readability" else bradley_terry  # a formula's preference has no noise
 

@@ -42,7 +42,7 @@ TOY_GRID = {
     "SLiC-HF": ("--algo slic --delta 0.1 --beta 0.03",
                 [f"--algo slic --delta {delta} --beta {beta}" for delta in DELTAS for beta in BETAS]),
     "RLHF": ("--reward model --beta 0.03", [f"--reward model --beta {beta}" for beta in BETAS]),
-    "RL, true reward": ("--reward expert --beta 0.03", [f"--reward expert --beta {beta}" for beta in BETAS]),
+    "RL, true reward": ("--reward judge --beta 0.03", [f"--reward judge --beta {beta}" for beta in BETAS]),
 }
 # Of {reference inside the loss} x {KL on the model's own samples} SPO and DPO are two; these are the other two
 WHY_GRID = {

@@ -106,7 +106,7 @@ def test_pretraining_reaches_what_it_prints_and_learns(world, capsys):
     stories, heldout = np.load(f"{world}/stories.npy"), np.load(f"{world}/heldout.npy")[:64]
     y = torch.from_numpy(heldout[:, 0].astype(int))
     for steps, lowest, highest in ((1, 250, 999), (40, 50, 250)):
-        model = prepare_data.pretrain(stories, heldout, steps, seed=0)
+        model = prepare_data.pretrain(stories, heldout, steps, seed=0, dim=64)
         nats = -spo.seq_logp(model, y, spo.response_mask(y)).mean().item()
         assert lowest < nats < highest and f"held out: {nats:.2f} nats" in capsys.readouterr().out
 
