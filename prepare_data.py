@@ -110,8 +110,8 @@ def opening_sentences(stories, tokenizer):
 
 def save_labeled_samples(folder, tokenizer, name, rows, n, purpose):
     """
-    rows of n samples, ranked by the expert's reward; with the setting prompted they continue sentences. Of the training
-    pairs a share of label_noise is turned around.
+    rows of n samples, ranked by the expert's reward; with the setting prompted they continue sentences. Each training
+    pair is flipped with probability label_noise, by numbers of its own: more noise flips the same pairs and others.
     """
     settings, prompts = folder.settings, no_prompts(rows)
     if settings["prompted"]:
@@ -221,7 +221,9 @@ def save_made_pairs(folder, tokenizer):
 # Command line
 
 KNOWN = (*toyworld.TASTES, *PUBLISHED)
-LOWEST = dict(seed=0, num_stories=32, sft_steps=1, num_pairs=2, num_ref=2, max_new_tokens=1, reward_steps=0)
+LOWEST = dict(seed=0, num_stories=32, sft_steps=1, num_pairs=2, num_ref=2, max_new_tokens=1, reward_steps=0, dim=8,
+              label_noise=0)
+HIGHEST = dict(seed=2 ** 63 - 1, dim=1024, label_noise=0.5)
 MOST = 10_000_000  # of what is counted: settings that end in a full memory would be kept in settings.json
 
 
@@ -238,8 +240,9 @@ def get_args(argv=None):
     p.add_argument("--seed", type=int, help="of stories, training and samples (default: 0)")
     p.add_argument("--num_stories", type=int, help="stories of the grammar to train on (default: 20000)")
     p.add_argument("--sft_steps", type=int, help="steps of that training (default: 1000)")
-    p.add_argument("--dim", type=int, help="width of the toy Llama, a multiple of 8 (default: 64)")
-    p.add_argument("--label_noise", type=float, help="share of the toy world's training pairs turned around (default: 0)")
+    p.add_argument("--dim", type=int, help="width of the toy model, a multiple of 8 (default: 64)")
+    p.add_argument("--label_noise", type=float, help="toy: share of the labels in pairs.npy to flip, at most 0.5; "
+                   "held-out pairs, rankings and best of n are never flipped (default: 0)")
     p.add_argument("--prompted", action="store_true", default=None, help="toy: responses continue a story's opening")
     p.add_argument("--num_pairs", type=int, help="pairs to sample; half as many rows of four (default: 4000)")
     p.add_argument("--num_ref", type=int, help="samples in ref.npy (default: 2000; --judge readability: 12000)")
@@ -253,13 +256,11 @@ def check_args(args):
     """Refuses values that cannot be used -> args."""
     for name, lowest in LOWEST.items():
         value = getattr(args, name)
-        highest = 2 ** 63 - 1 if name == "seed" else MOST
+        highest = HIGHEST.get(name, MOST)
         if value is not None and not lowest <= value <= highest:
             raise UserError(f"--{name} is {value}, but must be from {lowest} to {highest}.")
-    if args.dim is not None and args.dim not in range(8, 1025, 8):
-        raise UserError(f"--dim is {args.dim}, but must be a multiple of 8 from 8 to 1024.")
-    if args.label_noise is not None and not 0 <= args.label_noise <= 1:
-        raise UserError(f"--label_noise is {args.label_noise}, but must be from 0 to 1.")
+    if args.dim is not None and args.dim % 8:
+        raise UserError(f"--dim is {args.dim}, but must be a multiple of 8: four heads, each of an even width.")
     if not re.fullmatch(r"\w[\w.-]*", args.model, re.ASCII):
         raise UserError(f"{args.model} is not a name: give one of letters, digits, _, - and .")
     if args.init is not None and (args.model in toyworld.TASTES or args.tokenizer is None):
@@ -272,7 +273,7 @@ def default_settings(model, source, judge):
     toy = model in toyworld.TASTES
     defaults = dict(model=model, source=source)
     if toy:
-        defaults.update(num_stories=20_000, sft_steps=1000, dim=64)
+        defaults.update(num_stories=20_000, sft_steps=1000, dim=toyworld.MODEL_ARGS["dim"])
     if source == "toy":
         defaults.update(prompted=False, label_noise=0.0)
     if source is not None:
@@ -302,6 +303,9 @@ def set_settings(folder, args):
     for name in given:
         if name not in defaults:
             raise UserError(f"--{name} is not read by {args.model} with source {source}: leave it out.")
+    if folder.settings:  # a folder of an earlier version, without these settings, was made with their defaults
+        for name in {"dim", "label_noise"} & defaults.keys():
+            folder.settings.setdefault(name, defaults[name])
     folder.merge_settings(given, defaults)
 
 

@@ -130,6 +130,39 @@ def test_labels_follow_plackett_luce():
     assert largest_z([0.5, -0.5, 1.0]) < 5 < largest_z([0.4, -0.5, 1.0])
 
 
+def test_label_noise_flips_pairs_alone_and_more_of_it_flips_more_of_them(tmp_path):
+    flags, flipped = [*SMALLEST, "--num_pairs", "400", "--max_new_tokens", "8"], {}
+    for p in ("0", "0.1", "0.2"):
+        prepare_toy(tmp_path / p, *flags, "--label_noise", p)
+        clean, noisy = (np.load(tmp_path / name / "pairs.npy") for name in ("0", p))
+        flipped[p] = (clean != noisy).any((1, 2))
+        assert np.array_equal(np.where(flipped[p][:, None, None], clean[:, ::-1], clean), noisy)
+        a, b = hashes(tmp_path / "0"), hashes(tmp_path / p)
+        assert {name for name in a if a[name] != b[name]} == ({"pairs.npy", "settings.json"} if float(p) else set())
+    assert 16 < flipped["0.1"].sum() < 60 < flipped["0.2"].sum() < 112
+    assert (flipped["0.1"] <= flipped["0.2"]).all()
+
+
+def test_models_of_other_widths(tmp_path):
+    for dim in (8, 32):
+        prepare_toy(tmp_path / str(dim), *SMALLEST, "--dim", str(dim))
+        args = load(tmp_path / str(dim) / "sft.pt").args
+        assert (args.dim, args.n_heads) == (dim, 4)
+
+
+def test_a_folder_of_an_earlier_version_has_the_defaults_of_later_settings(world, tmp_path):
+    data = shutil.copytree(world, tmp_path / "data")
+    now = json.loads((data / "settings.json").read_text())
+    earlier = {name: x for name, x in now["settings"].items() if name not in ("dim", "label_noise")}
+    (data / "settings.json").write_text(json.dumps(now | {"settings": earlier}))
+    others = (("dim", "32", "dim 64, not 32"), ("label_noise", "0.2", "label_noise 0.0, not 0.2"))
+    for flag, value, words in others:
+        with pytest.raises(UserError, match=words):
+            prepare_toy(data, f"--{flag}", value)
+    prepare_toy(data, "--dim", "64", "--label_noise", "0")
+    assert json.loads((data / "settings.json").read_text()) == now
+
+
 def test_the_tokenizer_is_the_committed_one(tmp_path):
     argv = ["tokenizer", "--tokenizer", str(tmp_path / "t.model")]
     prepare_data.main(argv)
@@ -188,6 +221,11 @@ def test_another_source_is_refused(published, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     ("toy --num_pairs 0", "num_pairs is 0"),
+    ("toy --label_noise 0.6", "label_noise is 0.6, but must be from 0 to 0.5"),
+    ("toy --label_noise nan", "label_noise is nan"),
+    ("toy --label_noise 0.1 --source bad.jsonl", "label_noise is not read by toy with source bad.jsonl"),
+    ("toy --dim 36", "dim is 36, but must be a multiple of 8"),
+    ("stories15M --dim 32", "dim is not read by stories15M"),
     ("toy --max_new_tokens 129 --source bad.jsonl", "max_new_tokens is 129, but the model reads 128"),
     ("toy --drop_long", "drop_long is not read by toy with source toy"),
     ("toy --source bad.jsonl", "bad.jsonl, line 1"),
