@@ -810,7 +810,7 @@ def stop_on_signal():
     return stop
 
 
-def main(argv=None):
+def main(argv=None, train=train):
     args = get_args(argv)
     if args.init == f"{args.data}/sft.pt":
         require_file(args, "sft.pt")
