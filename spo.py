@@ -69,6 +69,8 @@ def seq_logp(model, tokens, mask):
     of the response and its end. model: a Transformer, or any function from tokens to logits.
     """
     assert mask.shape == tokens.shape, f"mask {tuple(mask.shape)} is not that of tokens {tuple(tokens.shape)}"
+    if tokens[:, 1:].numel() == 0:  # no row, or nothing after BOS
+        return torch.zeros(len(tokens), device=tokens.device)
     if hasattr(model, "hidden"):
         hidden = model.hidden(tokens[:, :-1])                                       # (N, T-1, dim)
         lm_head = model.output
@@ -115,8 +117,9 @@ def best_of_n_loss(logp, best, alpha, mu=None):
 def ranked_loss(logp, alpha, mu=None):
     """Eq. 15: each response is the best of itself and those after it -> (B,). logp: best first; mu (B, n-1)."""
     first = torch.zeros(len(logp), dtype=torch.long, device=logp.device)
-    return sum(best_of_n_loss(logp[:, i:], first, alpha, None if mu is None else mu[:, i])
-               for i in range(logp.shape[1] - 1))
+    losses = [best_of_n_loss(logp[:, i:], first, alpha, None if mu is None else mu[:, i])
+              for i in range(logp.shape[1] - 1)]
+    return sum(losses, logp.new_zeros(len(logp)))
 
 
 def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta):

@@ -299,6 +299,19 @@ def test_losses_are_finite_at_differences_of_ten_thousand():
             assert all(x.isfinite().all() for x in (loss, *gradients))
 
 
+def test_nothing_to_predict_and_nothing_to_compare():
+    for shape in ((3, 1), (0, 4)):
+        tokens = torch.full(shape, BOS)
+        assert spo.seq_logp(tiny(), tokens, spo.response_mask(tokens)).tolist() == [0.0] * shape[0]
+    none, no_rows, no_best = torch.zeros(0), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
+    for alpha in (0.0, 0.5):
+        losses = [spo.spo_loss(none, none, alpha, none), spo.best_of_n_loss(no_rows, no_best, alpha),
+                  spo.ranked_loss(no_rows, alpha), spo.pair_weight(none, none, 0.5), spo.slic_loss(none, none, 1.0),
+                  spo.dpo_loss(none, none, none, none, 0.5), spo.ipo_loss(none, none, none, none, 0.5)]
+        assert all(loss.shape == (0,) for loss in losses)
+        assert spo.ranked_loss(many[:, :1], alpha).tolist() == [0.0] * 7  # one response has no rival
+
+
 # ---------------------------------------------------------------------------------------------------
 # log pi(y) and the token KL, on a model whose responses can be enumerated
 
