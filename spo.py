@@ -98,10 +98,13 @@ def spo_loss(logp_w, logp_l, alpha, mu=None):
     return loss if mu is None else mu.detach() * loss
 
 
-def pair_weight(logp_w, logp_l, gamma):
-    """Section 4's example of a mu, (pi_w + pi_l)^gamma, in log space and scaled to mean 1 over the batch -> (B,)."""
+def pair_weight(logp_w, logp_l, gamma, log_mean=None):
+    """
+    Section 4's example of a mu, (pi_w + pi_l)^gamma, in log space and divided by exp(log_mean) -> (B,). None: by its
+    mean over the batch, which makes it depend on the batch; training has a log_mean of all the data.
+    """
     log_mu = gamma * torch.logaddexp(logp_w, logp_l).detach()
-    return len(log_mu) * log_mu.softmax(0)
+    return len(log_mu) * log_mu.softmax(0) if log_mean is None else (log_mu - log_mean).exp()
 
 
 def best_of_n_loss(logp, best, alpha, mu=None):
@@ -387,13 +390,15 @@ def train(args, evaluate=None, generate=generate, stop=None):
     best_win_rate, skipped, in_a_row = state["best_win_rate"], state["skipped"], 0
     reg_weight = args.beta_kl if args.algo == "hypo" else args.beta  # hypo's beta is that of DPO's loss
     use_kl = args.algo in ("spo", "best_of_n", "ranked", "hypo") and reg_weight > 0
-    mu = torch.ones(len(data), device=args.device)
-    # DPO's and IPO's losses compare with log pi_ref of the data, which never changes. It is read in the batches of the
-    # first epoch: the same shapes round alike, so that policy and reference agree to the last bit at step 0.
-    reads_ref = args.algo in ("dpo", "ipo", "hypo")
+    use_mu = args.algo == "spo" and args.gamma > 0
+    # DPO's and IPO's losses, and mu, compare with log pi_ref of the data, which never changes. It is read in the first
+    # epoch's batches: the same shapes round alike, so that policy and reference agree to the last bit at step 0.
+    reads_ref = args.algo in ("dpo", "ipo", "hypo") or use_mu
     batches = epoch_batches(len(data), args.batch_size, args.seed, BATCH, 0) if reads_ref else []
     with autocast(args):
         ref_logp = dataset_logp(ref, data, batches, args.micro_batch_size)          # (N, n), 0 if not read
+    if use_mu:  # its mean over the data is 1 at step 0, whatever the batches
+        log_mean = (args.gamma * ref_logp.logsumexp(1)).logsumexp(0) - math.log(len(data))
 
     print(table_row(dict(zip(COLUMNS, COLUMNS))))
     for step in range(start_step, args.steps + 1):
@@ -423,15 +428,12 @@ def train(args, evaluate=None, generate=generate, stop=None):
         # 2. the preference loss, on a batch of the data
         optimizer.zero_grad()
         batch = batch_indices(len(data), args.batch_size, args.seed, BATCH, step)
-        if args.algo == "spo" and args.gamma > 0:  # Section 4; mu has mean 1 over the batch, so all is read first
-            with autocast(args):
-                logp_w, logp_l = dataset_logp(policy, data, [batch], args.micro_batch_size)[batch].T
-            mu[batch] = pair_weight(logp_w, logp_l, args.gamma)
         metrics = torch.zeros(6, device=args.device)
         for rows, y, mask in micro_batches(data, batch, args.micro_batch_size, args.device):
             with autocast(args):
                 logp = seq_logp(policy, y, mask).view(len(rows), -1)                # (b, n)
-            pref = preference_loss(args, logp, ref_logp[rows], mu[rows]).sum() / args.batch_size
+            mu = pair_weight(logp[:, 0], logp[:, 1], args.gamma, log_mean) if use_mu else None
+            pref = preference_loss(args, logp, ref_logp[rows], mu).sum() / args.batch_size
             pref.backward()
             metrics += batch_metrics(pref, logp.detach(), mask, args.batch_size)
 

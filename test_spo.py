@@ -283,6 +283,10 @@ def test_pair_weight():
     expected = (lw.exp() + ll.exp()) ** 0.7
     assert torch.allclose(mu, expected / expected.mean()) and torch.equal(mu, spo.pair_weight(ll, lw, 0.7))
     assert spo.pair_weight(torch.tensor([-1e4, 0.0]), torch.tensor([-1e4, 0.0]), 1.0).isfinite().all()
+    assert torch.allclose(spo.pair_weight(lw, ll, 0.7, -2.0), expected * math.exp(2))
+    for log_mean, same in ((-2.0, True), (None, False)):  # alone as in a batch
+        alone = torch.cat([spo.pair_weight(lw[i:i + 1], ll[i:i + 1], 0.7, log_mean) for i in range(7)])
+        assert torch.allclose(alone, spo.pair_weight(lw, ll, 0.7, log_mean)) == same
 
 
 def test_losses_are_finite_at_differences_of_ten_thousand():
@@ -538,13 +542,17 @@ def test_three_steps_against_a_plain_loop(data, tmp_path, algo):
     name = dict(best_of_n="best", ranked="ranked").get(args.algo, "pairs")
     rows, ref_samples = (torch.from_numpy(np.load(data / f"{x}.npy").astype(int)) for x in (name, "ref"))
     lengths, ref_lengths = read_prompt_length(data, name), read_prompt_length(data, "ref")
+    with torch.no_grad():
+        all_ref_logp = slow_logp(ref, rows.flatten(0, 1), lengths.repeat_interleave(rows.shape[1])).view(rows.shape[:2])
+    gamma = getattr(args, "gamma", 0)
+    mean_mu = (all_ref_logp.exp().sum(1) ** gamma).mean()
     for step, record in enumerate(log):
         batch = spo.batch_indices(12, 4, 0, spo.BATCH, step)
         y, starts = rows[batch], lengths[batch].repeat_interleave(rows.shape[1])    # (B, n, T), (B * n,)
         logp, ref_logp = (slow_logp(m, y.flatten(0, 1), starts).view(y.shape[:2]) for m in (policy, ref))
         w, l, ref_w, ref_l = logp[:, 0], logp[:, 1], ref_logp[:, 0], ref_logp[:, 1]
-        mu = (w.exp() + l.exp()).detach() ** getattr(args, "gamma", 0)
-        mu, alpha, delta = mu / mu.mean(), getattr(args, "alpha", 1), getattr(args, "delta", 0)
+        mu = (w.exp() + l.exp()).detach() ** gamma / mean_mu
+        alpha, delta = getattr(args, "alpha", 1), getattr(args, "delta", 0)
         first = torch.zeros(4, dtype=torch.long)
         pref = {"spo": spo.spo_loss(w, l, alpha, mu), "best_of_n": spo.best_of_n_loss(logp, first, alpha),
                 "ranked": spo.ranked_loss(logp, alpha), "dpo": spo.dpo_loss(w, l, ref_w, ref_l, args.beta),
