@@ -107,6 +107,12 @@ def pair_weight(logp_w, logp_l, gamma, log_mean=None):
     return len(log_mu) * log_mu.softmax(0) if log_mean is None else (log_mu - log_mean).exp()
 
 
+def stage_weights(logp, gamma, log_mean):
+    """A mu for each stage of Eq. 15: pair_weight of response i and all after it -> (B, n-1). Eq. 14 has the first."""
+    return torch.stack([pair_weight(logp[:, i], logp[:, i + 1:].logsumexp(1), gamma, log_mean[i])
+                        for i in range(logp.shape[1] - 1)], 1)
+
+
 def best_of_n_loss(logp, best, alpha, mu=None):
     """
     Eq. 14: -1/alpha log(pi_best^alpha / sum_i pi_i^alpha) -> (B,). best (B,): the index of the best of n; mu (B,).
@@ -142,18 +148,18 @@ def slic_loss(logp_w, logp_l, delta):
 
 def preference_loss(args, logp, ref_logp, mu):
     """
-    PreferenceLoss of Eq. 1, per row -> (B,). logp, ref_logp (B, n): log pi of n responses, best first. mu (B,): the
-    weight of pairs; for best_of_n and ranked, training uses mu = 1.
+    PreferenceLoss of Eq. 1, per row -> (B,). logp, ref_logp (B, n): log pi of n responses, best first. mu (B, n-1):
+    the weights of Eq. 15's stages, of which pairs and best_of_n have the first.
     """
     logp_w, logp_l = logp[:, 0], logp[:, 1]
     ref_w, ref_l = ref_logp[:, 0], ref_logp[:, 1]
     if args.algo == "spo":
-        return spo_loss(logp_w, logp_l, args.alpha, mu)
+        return spo_loss(logp_w, logp_l, args.alpha, mu[:, 0])
     if args.algo == "best_of_n":
         best = torch.zeros(len(logp), dtype=torch.long, device=logp.device)
-        return best_of_n_loss(logp, best, args.alpha)
+        return best_of_n_loss(logp, best, args.alpha, mu[:, 0])
     if args.algo == "ranked":
-        return ranked_loss(logp, args.alpha)
+        return ranked_loss(logp, args.alpha, mu)
     if args.algo in ("dpo", "hypo"):
         return dpo_loss(logp_w, logp_l, ref_w, ref_l, args.beta)
     if args.algo == "ipo":
@@ -390,15 +396,16 @@ def train(args, evaluate=None, generate=generate, stop=None):
     best_win_rate, skipped, in_a_row = state["best_win_rate"], state["skipped"], 0
     reg_weight = args.beta_kl if args.algo == "hypo" else args.beta  # hypo's beta is that of DPO's loss
     use_kl = args.algo in ("spo", "best_of_n", "ranked", "hypo") and reg_weight > 0
-    use_mu = args.algo == "spo" and args.gamma > 0
-    # DPO's and IPO's losses, and mu, compare with log pi_ref of the data, which never changes. It is read in the first
-    # epoch's batches: the same shapes round alike, so that policy and reference agree to the last bit at step 0.
+    use_mu = args.algo in ("spo", "best_of_n", "ranked") and args.gamma > 0
+    # DPO's and IPO's losses, and mu, compare with log pi_ref of the data, which never changes. It is read in the
+    # first epoch's batches: the same shapes round alike, so that policy and reference agree to the last bit at step 0.
     reads_ref = args.algo in ("dpo", "ipo", "hypo") or use_mu
     batches = epoch_batches(len(data), args.batch_size, args.seed, BATCH, 0) if reads_ref else []
     with autocast(args):
         ref_logp = dataset_logp(ref, data, batches, args.micro_batch_size)          # (N, n), 0 if not read
     if use_mu:  # its mean over the data is 1 at step 0, whatever the batches
-        log_mean = (args.gamma * ref_logp.logsumexp(1)).logsumexp(0) - math.log(len(data))
+        log_mean = [(args.gamma * ref_logp[:, i:].logsumexp(1)).logsumexp(0) - math.log(len(data))
+                    for i in range(ref_logp.shape[1] - 1)]
 
     print(table_row(dict(zip(COLUMNS, COLUMNS))))
     for step in range(start_step, args.steps + 1):
@@ -432,7 +439,7 @@ def train(args, evaluate=None, generate=generate, stop=None):
         for rows, y, mask in micro_batches(data, batch, args.micro_batch_size, args.device):
             with autocast(args):
                 logp = seq_logp(policy, y, mask).view(len(rows), -1)                # (b, n)
-            mu = pair_weight(logp[:, 0], logp[:, 1], args.gamma, log_mean) if use_mu else None
+            mu = stage_weights(logp, args.gamma, log_mean) if use_mu else torch.ones_like(logp[:, 1:])  # (b, n-1)
             pref = preference_loss(args, logp, ref_logp[rows], mu).sum() / args.batch_size
             pref.backward()
             metrics += batch_metrics(pref, logp.detach(), mask, args.batch_size)
@@ -683,8 +690,8 @@ def log_training(args, step, history, lr, skipped):
 # paper sweeps alpha, beta and delta (E.2) and does not say which won; it has 32 rollouts every 8 steps.
 ALGOS = {
     "spo": dict(alpha=0.01, beta=0.05, gamma=0.0, num_rollouts=8, rollout_every=8),
-    "best_of_n": dict(alpha=0.01, beta=0.1, num_rollouts=8, rollout_every=8),
-    "ranked": dict(alpha=0.01, beta=0.1, num_rollouts=8, rollout_every=8),
+    "best_of_n": dict(alpha=0.01, beta=0.1, gamma=0.0, num_rollouts=8, rollout_every=8),
+    "ranked": dict(alpha=0.01, beta=0.1, gamma=0.0, num_rollouts=8, rollout_every=8),
     "dpo": dict(beta=0.3),
     "hypo": dict(beta=0.1, beta_kl=0.05, num_rollouts=8, rollout_every=8),  # arXiv 2406.01462
     "ipo": dict(beta=0.03),
