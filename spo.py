@@ -1,6 +1,5 @@
 """
-Soft Preference Optimization (arXiv 2405.00747), and the methods the paper compares it with: DPO, IPO, SLiC-HF; and
-HyPO, DPO's loss with SPO's regularizer.
+Soft Preference Optimization (arXiv 2405.00747), and methods to compare it with: DPO, IPO, SLiC-HF, HyPO.
 
 Reads from top to bottom in the order of the paper: log pi(y), one function per loss, the KL on the model's own
 samples, and the training loop that adds them up (Eq. 1). Equation numbers are the paper's. The losses need nothing
@@ -126,9 +125,8 @@ def best_of_n_loss(logp, best, alpha, mu=None):
 def ranked_loss(logp, alpha, mu=None):
     """Eq. 15: each response is the best of itself and those after it -> (B,). logp: best first; mu (B, n-1)."""
     first = torch.zeros(len(logp), dtype=torch.long, device=logp.device)
-    losses = [best_of_n_loss(logp[:, i:], first, alpha, None if mu is None else mu[:, i])
-              for i in range(logp.shape[1] - 1)]
-    return sum(losses, logp.new_zeros(len(logp)))
+    return sum((best_of_n_loss(logp[:, i:], first, alpha, None if mu is None else mu[:, i])
+                for i in range(logp.shape[1] - 1)), logp.new_zeros(len(logp)))
 
 
 def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta):
@@ -372,9 +370,7 @@ def sample_rollouts(args, policy, ref, data, step, generate):
 def is_best(record, best_win_rate, max_kl):
     """Whether an evaluation's win rate is above best_win_rate, and its KL at most max_kl; None was not finite."""
     win_rate, kl = record.get("win_rate"), record.get("kl", 0.0)
-    if win_rate is None or kl is None:
-        return False
-    return kl <= max_kl and win_rate > best_win_rate
+    return win_rate is not None and kl is not None and kl <= max_kl and win_rate > best_win_rate
 
 
 def train(args, evaluate=None, generate=generate, stop=None):
@@ -632,9 +628,7 @@ def cut_log(args, step):
         f.seek(0)
         records = [json.loads(line) for line in f if line.endswith("\n")]  # a killed run can leave half a line
     repeated = step % args.eval_every == 0 and step != args.steps
-    before = [r for r in records if r["step"] < step]
-    at_step = [r for r in records if r["step"] == step and ("loss" in r or not repeated)]
-    kept = before + at_step
+    kept = [r for r in records if r["step"] < step or r["step"] == step and ("loss" in r or not repeated)]
     with atomic_write(f"{args.out}/log.jsonl") as f:
         f.write("".join(json.dumps(r) + "\n" for r in kept).encode())
     return kept
@@ -710,8 +704,7 @@ REAL = dict(batch_size=8, micro_batch_size=32, warmup=10, steps=60, max_new_toke
 PAPER = dict(batch_size=128, warmup=5000, steps=40000, eval_every=1000, num_eval_samples=1000, num_rollouts=32)
 MODELS = {"toy": TOY, "toy-naive": TOY | {"judge": "toy-naive"}, "stories260K": REAL, "stories15M": REAL,
           "stories42M": REAL, "stories110M": REAL | PAPER}
-TOY_LR = {"spo": 2e-4, "best_of_n": 2e-4, "ranked": 2e-4, "dpo": 4e-4, "hypo": 4e-4, "ipo": 4e-4,
-          "slic": 4e-4}
+TOY_LR = {"spo": 2e-4, "best_of_n": 2e-4, "ranked": 2e-4, "dpo": 4e-4, "hypo": 4e-4, "ipo": 4e-4, "slic": 4e-4}
 WIDTHS = {"stories15M": 288, "stories42M": 512, "stories110M": 768}  # others are taken for 64, that of stories260K
 REAL_ALGOS = {"spo": dict(beta=0.5, lr=5e-5), "best_of_n": dict(beta=0.5, lr=5e-5), "ranked": dict(beta=0.5, lr=5e-5),
               "dpo": dict(beta=0.1, lr=2e-5), "hypo": dict(beta=0.1, beta_kl=0.5, lr=2e-5),  # hypo's are a guess
