@@ -1,6 +1,5 @@
 """
-Soft Preference Optimization (arXiv 2405.00747), and the methods the paper compares it with: DPO, IPO, SLiC-HF; and
-HyPO, DPO's loss with SPO's regularizer.
+Soft Preference Optimization (arXiv 2405.00747), and methods to compare it with: DPO, IPO, SLiC-HF, HyPO.
 
 Reads from top to bottom in the order of the paper: log pi(y), one function per loss, the KL on the model's own
 samples, and the training loop that adds them up (Eq. 1). Equation numbers are the paper's. The losses need nothing
@@ -69,6 +68,8 @@ def seq_logp(model, tokens, mask):
     of the response and its end. model: a Transformer, or any function from tokens to logits.
     """
     assert mask.shape == tokens.shape, f"mask {tuple(mask.shape)} is not that of tokens {tuple(tokens.shape)}"
+    if tokens[:, 1:].numel() == 0:  # no row, or nothing after BOS
+        return torch.zeros(len(tokens), device=tokens.device)
     if hasattr(model, "hidden"):
         hidden = model.hidden(tokens[:, :-1])                                       # (N, T-1, dim)
         lm_head = model.output
@@ -96,10 +97,19 @@ def spo_loss(logp_w, logp_l, alpha, mu=None):
     return loss if mu is None else mu.detach() * loss
 
 
-def pair_weight(logp_w, logp_l, gamma):
-    """Section 4's example of a mu, (pi_w + pi_l)^gamma, in log space and scaled to mean 1 over the batch -> (B,)."""
+def pair_weight(logp_w, logp_l, gamma, log_mean=None):
+    """
+    Section 4's example of a mu, (pi_w + pi_l)^gamma, in log space and divided by exp(log_mean) -> (B,). None: by its
+    mean over the batch, which makes it depend on the batch; training has a log_mean of all the data.
+    """
     log_mu = gamma * torch.logaddexp(logp_w, logp_l).detach()
-    return len(log_mu) * log_mu.softmax(0)
+    return len(log_mu) * log_mu.softmax(0) if log_mean is None else (log_mu - log_mean).exp()
+
+
+def stage_weights(logp, gamma, log_mean):
+    """A mu for each stage of Eq. 15: pair_weight of response i and all after it -> (B, n-1). Eq. 14 has the first."""
+    return torch.stack([pair_weight(logp[:, i], logp[:, i + 1:].logsumexp(1), gamma, log_mean[i])
+                        for i in range(logp.shape[1] - 1)], 1)
 
 
 def best_of_n_loss(logp, best, alpha, mu=None):
@@ -115,8 +125,8 @@ def best_of_n_loss(logp, best, alpha, mu=None):
 def ranked_loss(logp, alpha, mu=None):
     """Eq. 15: each response is the best of itself and those after it -> (B,). logp: best first; mu (B, n-1)."""
     first = torch.zeros(len(logp), dtype=torch.long, device=logp.device)
-    return sum(best_of_n_loss(logp[:, i:], first, alpha, None if mu is None else mu[:, i])
-               for i in range(logp.shape[1] - 1))
+    return sum((best_of_n_loss(logp[:, i:], first, alpha, None if mu is None else mu[:, i])
+                for i in range(logp.shape[1] - 1)), logp.new_zeros(len(logp)))
 
 
 def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta):
@@ -136,18 +146,18 @@ def slic_loss(logp_w, logp_l, delta):
 
 def preference_loss(args, logp, ref_logp, mu):
     """
-    PreferenceLoss of Eq. 1, per row -> (B,). logp, ref_logp (B, n): log pi of n responses, best first. mu (B,): the
-    weight of pairs; for best_of_n and ranked, training uses mu = 1.
+    PreferenceLoss of Eq. 1, per row -> (B,). logp, ref_logp (B, n): log pi of n responses, best first. mu (B, n-1):
+    the weights of Eq. 15's stages, of which pairs and best_of_n have the first.
     """
     logp_w, logp_l = logp[:, 0], logp[:, 1]
     ref_w, ref_l = ref_logp[:, 0], ref_logp[:, 1]
     if args.algo == "spo":
-        return spo_loss(logp_w, logp_l, args.alpha, mu)
+        return spo_loss(logp_w, logp_l, args.alpha, mu[:, 0])
     if args.algo == "best_of_n":
         best = torch.zeros(len(logp), dtype=torch.long, device=logp.device)
-        return best_of_n_loss(logp, best, args.alpha)
+        return best_of_n_loss(logp, best, args.alpha, mu[:, 0])
     if args.algo == "ranked":
-        return ranked_loss(logp, args.alpha)
+        return ranked_loss(logp, args.alpha, mu)
     if args.algo in ("dpo", "hypo"):
         return dpo_loss(logp_w, logp_l, ref_w, ref_l, args.beta)
     if args.algo == "ipo":
@@ -360,9 +370,7 @@ def sample_rollouts(args, policy, ref, data, step, generate):
 def is_best(record, best_win_rate, max_kl):
     """Whether an evaluation's win rate is above best_win_rate, and its KL at most max_kl; None was not finite."""
     win_rate, kl = record.get("win_rate"), record.get("kl", 0.0)
-    if win_rate is None or kl is None:
-        return False
-    return kl <= max_kl and win_rate > best_win_rate
+    return win_rate is not None and kl is not None and kl <= max_kl and win_rate > best_win_rate
 
 
 def train(args, evaluate=None, generate=generate, stop=None):
@@ -384,13 +392,16 @@ def train(args, evaluate=None, generate=generate, stop=None):
     best_win_rate, skipped, in_a_row = state["best_win_rate"], state["skipped"], 0
     reg_weight = args.beta_kl if args.algo == "hypo" else args.beta  # hypo's beta is that of DPO's loss
     use_kl = args.algo in ("spo", "best_of_n", "ranked", "hypo") and reg_weight > 0
-    mu = torch.ones(len(data), device=args.device)
-    # DPO's and IPO's losses compare with log pi_ref of the data, which never changes. It is read in the batches of the
-    # first epoch: the same shapes round alike, so that policy and reference agree to the last bit at step 0.
-    reads_ref = args.algo in ("dpo", "ipo", "hypo")
+    use_mu = args.algo in ("spo", "best_of_n", "ranked") and args.gamma > 0
+    # DPO's and IPO's losses, and mu, compare with log pi_ref of the data, which never changes. It is read in the
+    # first epoch's batches: the same shapes round alike, so that policy and reference agree to the last bit at step 0.
+    reads_ref = args.algo in ("dpo", "ipo", "hypo") or use_mu
     batches = epoch_batches(len(data), args.batch_size, args.seed, BATCH, 0) if reads_ref else []
     with autocast(args):
         ref_logp = dataset_logp(ref, data, batches, args.micro_batch_size)          # (N, n), 0 if not read
+    if use_mu:  # its mean over the data is 1 at step 0, whatever the batches
+        log_mean = [(args.gamma * ref_logp[:, i:].logsumexp(1)).logsumexp(0) - math.log(len(data))
+                    for i in range(ref_logp.shape[1] - 1)]
 
     print(table_row(dict(zip(COLUMNS, COLUMNS))))
     for step in range(start_step, args.steps + 1):
@@ -420,15 +431,12 @@ def train(args, evaluate=None, generate=generate, stop=None):
         # 2. the preference loss, on a batch of the data
         optimizer.zero_grad()
         batch = batch_indices(len(data), args.batch_size, args.seed, BATCH, step)
-        if args.algo == "spo" and args.gamma > 0:  # Section 4; mu has mean 1 over the batch, so all is read first
-            with autocast(args):
-                logp_w, logp_l = dataset_logp(policy, data, [batch], args.micro_batch_size)[batch].T
-            mu[batch] = pair_weight(logp_w, logp_l, args.gamma)
         metrics = torch.zeros(6, device=args.device)
         for rows, y, mask in micro_batches(data, batch, args.micro_batch_size, args.device):
             with autocast(args):
                 logp = seq_logp(policy, y, mask).view(len(rows), -1)                # (b, n)
-            pref = preference_loss(args, logp, ref_logp[rows], mu[rows]).sum() / args.batch_size
+            mu = stage_weights(logp, args.gamma, log_mean) if use_mu else torch.ones_like(logp[:, 1:])  # (b, n-1)
+            pref = preference_loss(args, logp, ref_logp[rows], mu).sum() / args.batch_size
             pref.backward()
             metrics += batch_metrics(pref, logp.detach(), mask, args.batch_size)
 
@@ -620,9 +628,7 @@ def cut_log(args, step):
         f.seek(0)
         records = [json.loads(line) for line in f if line.endswith("\n")]  # a killed run can leave half a line
     repeated = step % args.eval_every == 0 and step != args.steps
-    before = [r for r in records if r["step"] < step]
-    at_step = [r for r in records if r["step"] == step and ("loss" in r or not repeated)]
-    kept = before + at_step
+    kept = [r for r in records if r["step"] < step or r["step"] == step and ("loss" in r or not repeated)]
     with atomic_write(f"{args.out}/log.jsonl") as f:
         f.write("".join(json.dumps(r) + "\n" for r in kept).encode())
     return kept
@@ -678,8 +684,8 @@ def log_training(args, step, history, lr, skipped):
 # paper sweeps alpha, beta and delta (E.2) and does not say which won; it has 32 rollouts every 8 steps.
 ALGOS = {
     "spo": dict(alpha=0.01, beta=0.05, gamma=0.0, num_rollouts=8, rollout_every=8),
-    "best_of_n": dict(alpha=0.01, beta=0.1, num_rollouts=8, rollout_every=8),
-    "ranked": dict(alpha=0.01, beta=0.1, num_rollouts=8, rollout_every=8),
+    "best_of_n": dict(alpha=0.01, beta=0.1, gamma=0.0, num_rollouts=8, rollout_every=8),
+    "ranked": dict(alpha=0.01, beta=0.1, gamma=0.0, num_rollouts=8, rollout_every=8),
     "dpo": dict(beta=0.3),
     "hypo": dict(beta=0.1, beta_kl=0.05, num_rollouts=8, rollout_every=8),  # arXiv 2406.01462
     "ipo": dict(beta=0.03),
@@ -698,8 +704,7 @@ REAL = dict(batch_size=8, micro_batch_size=32, warmup=10, steps=60, max_new_toke
 PAPER = dict(batch_size=128, warmup=5000, steps=40000, eval_every=1000, num_eval_samples=1000, num_rollouts=32)
 MODELS = {"toy": TOY, "toy-naive": TOY | {"judge": "toy-naive"}, "stories260K": REAL, "stories15M": REAL,
           "stories42M": REAL, "stories110M": REAL | PAPER}
-TOY_LR = {"spo": 2e-4, "best_of_n": 2e-4, "ranked": 2e-4, "dpo": 4e-4, "hypo": 4e-4, "ipo": 4e-4,
-          "slic": 4e-4}
+TOY_LR = {"spo": 2e-4, "best_of_n": 2e-4, "ranked": 2e-4, "dpo": 4e-4, "hypo": 4e-4, "ipo": 4e-4, "slic": 4e-4}
 WIDTHS = {"stories15M": 288, "stories42M": 512, "stories110M": 768}  # others are taken for 64, that of stories260K
 REAL_ALGOS = {"spo": dict(beta=0.5, lr=5e-5), "best_of_n": dict(beta=0.5, lr=5e-5), "ranked": dict(beta=0.5, lr=5e-5),
               "dpo": dict(beta=0.1, lr=2e-5), "hypo": dict(beta=0.1, beta_kl=0.5, lr=2e-5),  # hypo's are a guess

@@ -283,6 +283,10 @@ def test_pair_weight():
     expected = (lw.exp() + ll.exp()) ** 0.7
     assert torch.allclose(mu, expected / expected.mean()) and torch.equal(mu, spo.pair_weight(ll, lw, 0.7))
     assert spo.pair_weight(torch.tensor([-1e4, 0.0]), torch.tensor([-1e4, 0.0]), 1.0).isfinite().all()
+    assert torch.allclose(spo.pair_weight(lw, ll, 0.7, -2.0), expected * math.exp(2))
+    for log_mean, same in ((-2.0, True), (None, False)):  # alone as in a batch
+        alone = torch.cat([spo.pair_weight(lw[i:i + 1], ll[i:i + 1], 0.7, log_mean) for i in range(7)])
+        assert torch.allclose(alone, spo.pair_weight(lw, ll, 0.7, log_mean)) == same
 
 
 def test_losses_are_finite_at_differences_of_ten_thousand():
@@ -297,6 +301,19 @@ def test_losses_are_finite_at_differences_of_ten_thousand():
         for loss in losses:
             gradients = torch.autograd.grad(loss.sum(), (a, b))
             assert all(x.isfinite().all() for x in (loss, *gradients))
+
+
+def test_nothing_to_predict_and_nothing_to_compare():
+    for shape in ((3, 1), (0, 4)):
+        tokens = torch.full(shape, BOS)
+        assert spo.seq_logp(tiny(), tokens, spo.response_mask(tokens)).tolist() == [0.0] * shape[0]
+    none, no_rows, no_best = torch.zeros(0), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
+    for alpha in (0.0, 0.5):
+        losses = [spo.spo_loss(none, none, alpha, none), spo.best_of_n_loss(no_rows, no_best, alpha),
+                  spo.ranked_loss(no_rows, alpha), spo.pair_weight(none, none, 0.5), spo.slic_loss(none, none, 1.0),
+                  spo.dpo_loss(none, none, none, none, 0.5), spo.ipo_loss(none, none, none, none, 0.5)]
+        assert all(loss.shape == (0,) for loss in losses)
+        assert spo.ranked_loss(many[:, :1], alpha).tolist() == [0.0] * 7  # one response has no rival
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -508,7 +525,8 @@ def read_prompt_length(data, name):
     return torch.from_numpy(np.load(path).astype(int)) if path.exists() else torch.ones(12, dtype=torch.long)
 
 
-RUNS = ["spo", "spo --gamma 0.1", "spo --alpha 0", "best_of_n", "ranked", "dpo", "hypo --beta_kl 0.3", "ipo", "slic"]
+RUNS = ["spo", "spo --gamma 0.1", "spo --alpha 0", "best_of_n --gamma 0.1", "ranked", "ranked --gamma 0.1",
+        "dpo", "hypo --beta_kl 0.3", "ipo", "slic"]
 
 
 @pytest.mark.parametrize("algo", RUNS)
@@ -525,16 +543,22 @@ def test_three_steps_against_a_plain_loop(data, tmp_path, algo):
     name = dict(best_of_n="best", ranked="ranked").get(args.algo, "pairs")
     rows, ref_samples = (torch.from_numpy(np.load(data / f"{x}.npy").astype(int)) for x in (name, "ref"))
     lengths, ref_lengths = read_prompt_length(data, name), read_prompt_length(data, "ref")
+    with torch.no_grad():  # of all the data
+        all_ref_logp = slow_logp(ref, rows.flatten(0, 1), lengths.repeat_interleave(rows.shape[1])).view(rows.shape[:2])
+    gamma = getattr(args, "gamma", 0)
     for step, record in enumerate(log):
         batch = spo.batch_indices(12, 4, 0, spo.BATCH, step)
         y, starts = rows[batch], lengths[batch].repeat_interleave(rows.shape[1])    # (B, n, T), (B * n,)
         logp, ref_logp = (slow_logp(m, y.flatten(0, 1), starts).view(y.shape[:2]) for m in (policy, ref))
         w, l, ref_w, ref_l = logp[:, 0], logp[:, 1], ref_logp[:, 0], ref_logp[:, 1]
-        mu = (w.exp() + l.exp()).detach() ** getattr(args, "gamma", 0)
-        mu, alpha, delta = mu / mu.mean(), getattr(args, "alpha", 1), getattr(args, "delta", 0)
+        mu, mu_0 = (torch.stack([x[:, i:].exp().sum(1) ** gamma for i in range(rows.shape[1] - 1)], 1)
+                    for x in (logp.detach(), all_ref_logp))
+        mu = mu / mu_0.mean(0)                                                      # (B, n-1)
+        alpha, delta = getattr(args, "alpha", 1), getattr(args, "delta", 0)
         first = torch.zeros(4, dtype=torch.long)
-        pref = {"spo": spo.spo_loss(w, l, alpha, mu), "best_of_n": spo.best_of_n_loss(logp, first, alpha),
-                "ranked": spo.ranked_loss(logp, alpha), "dpo": spo.dpo_loss(w, l, ref_w, ref_l, args.beta),
+        pref = {"spo": spo.spo_loss(w, l, alpha, mu[:, 0]),
+                "best_of_n": spo.best_of_n_loss(logp, first, alpha, mu[:, 0]),
+                "ranked": spo.ranked_loss(logp, alpha, mu), "dpo": spo.dpo_loss(w, l, ref_w, ref_l, args.beta),
                 "hypo": spo.dpo_loss(w, l, ref_w, ref_l, args.beta),
                 "ipo": spo.ipo_loss(w, l, ref_w, ref_l, args.beta), "slic": spo.slic_loss(w, l, delta)}[args.algo]
         reg = torch.zeros(())

@@ -21,6 +21,7 @@ from model import wrap as wrap_text
 
 BATCH = 64                    # samples per forward pass, which needs little memory without gradients
 NUM_REF = 2000                # rows of ref.npy that win rates during training compare with
+NUM_HELDOUT = 500             # rows of heldout_pairs.npy of which heldout_accuracy is a share
 MIN_DICTIONARY = 1000         # rows after those, at least, for the readability judge
 FRESH, FRESH_REF, EVAL_REF = 200, 201, 202  # purposes of spo.rng: a finished checkpoint's samples, the reference's
 
@@ -173,6 +174,18 @@ def evaluate_samples(args, policy, ref, y, mask):
                 length=mask.sum(1).float().mean().item(), finished=finished.float().mean().item())
 
 
+@torch.no_grad()
+def heldout_accuracy(args, policy, data):
+    """
+    The share of the pairs of which the policy, by Eq. 7, prefers y_w: log pi_w > log pi_l, one half where they are
+    equal. At most NUM_HELDOUT pairs of the Responses.
+    """
+    rows = torch.arange(min(NUM_HELDOUT, len(data)))
+    with spo.autocast(args):
+        logp_w, logp_l = spo.dataset_logp(policy, data, [rows], BATCH)[rows].T
+    return higher(logp_w, logp_l).mean().item()
+
+
 def get_prompts(args, model_args, n):
     """The prompts of n held-out rows, the first ones again where there are fewer -> (n, P) as spo.sample takes them."""
     lengths = [f"{args.data}/{name}{spo.PROMPT_LENGTH}" for name in ("pairs", "heldout_pairs")]
@@ -201,10 +214,9 @@ def wrap(label, text):
 def reference_samples(args, model, prompts):
     """
     Samples of the reference, the model in args.init, that win rates during training compare with -> (M, T): with
-    prompts one for each; else ref.npy, or new ones where its samples are another model's. What is read is hashed.
+    prompts one for each; else ref.npy, hashed, or new ones where its samples are another model's.
     """
     if prompts.shape[1] > 1:
-        spo.hash_files(args, "heldout_pairs.npy", f"heldout_pairs{spo.PROMPT_LENGTH}")
         return sample(args, model, prompts, EVAL_REF)
     init = file_hash(args.init)
     if spo.recorded_hashes(args).get("sft.pt", init) != init:
@@ -227,6 +239,10 @@ def make_evaluate(args):
     spo.check_length(args.max_new_tokens, reference.args.max_seq_len)
     tokenizer = load_tokenizer(args.tokenizer, reference.args.vocab_size)
     prompts = get_prompts(args, reference.args, args.num_eval_samples)
+    heldout = None
+    if os.path.exists(f"{args.data}/heldout_pairs.npy"):
+        spo.hash_files(args, "heldout_pairs.npy", f"heldout_pairs{spo.PROMPT_LENGTH}")
+        heldout = spo.load_responses(f"{args.data}/heldout_pairs.npy", reference.args, num_responses=2)
     if args.judge == "llm":
         evaluations = 1 + math.ceil(args.steps / args.eval_every)
         ask_test_question(2 * args.num_eval_samples * evaluations)
@@ -246,7 +262,10 @@ def make_evaluate(args):
             print(text, end="", flush=True)
             with atomic_write(f"{args.out}/samples.txt") as f:
                 f.write(text.encode())
-        return {"n": len(y), **judge(y), **evaluate_samples(args, policy, ref, y, mask)}
+        record = {"n": len(y), **judge(y), **evaluate_samples(args, policy, ref, y, mask)}
+        if heldout is not None:
+            record["heldout_accuracy"] = heldout_accuracy(args, policy, heldout)
+        return record
     return evaluate
 
 

@@ -181,6 +181,21 @@ def test_with_prompts_the_samples_for_the_same_held_out_prompt_are_compared(data
     assert record["win_rate"] != pytest.approx(mean_win(r, r_ref), rel=1e-3)
 
 
+@torch.no_grad()
+def test_heldout_accuracy(data):
+    """Of a model for which a response that ends at once is likelier than any other."""
+    args, policy, ref = get_args(data), tiny(0), load(f"{data}/sft.pt")
+    policy.tok_embeddings.weight[BOS] = 100.0
+    assert "heldout_accuracy" not in judge.make_evaluate(args)(policy, ref, 0)
+    short, long = [BOS, BOS, BOS, BOS], [BOS, 5, 6, BOS]
+    rows = 250 * [[short, long]] + 150 * [[long, short]] + 100 * [[short, short]] + 100 * [[long, short]]
+    np.save(f"{data}/heldout_pairs.npy", np.array(rows, np.uint16))
+    assert judge.make_evaluate(args)(policy, ref, 0)["heldout_accuracy"] == pytest.approx(300 / 500)  # of the first 500
+    assert args.hashes["heldout_pairs.npy"] == file_hash(f"{data}/heldout_pairs.npy")
+    np.save(f"{data}/heldout_pairs.npy", np.array(rows[:300], np.uint16))
+    assert judge.make_evaluate(args)(policy, ref, 0)["heldout_accuracy"] == pytest.approx(250 / 300)
+
+
 def test_length_controlled_win_rate():
     generator = torch.Generator().manual_seed(0)
     length, length_ref = (mean + 10 * torch.randn(500, generator=generator) for mean in (70, 60))

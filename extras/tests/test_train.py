@@ -337,7 +337,7 @@ def test_what_may_differ_when_resuming_and_nothing_else(world, tmp_path):
     saved = torch.load(tmp_path / "a/ckpt.pt")["args"]
     assert spo.MAY_DIFFER == {"resume", "out", "device", "micro_batch_size", "fast_sampling", "data", "init",
                               "tokenizer", "model", "steps", "hashes"}
-    assert set(saved["hashes"]) == {"init", "pairs.npy", "ref.npy", "tokenizer"}
+    assert set(saved["hashes"]) == {"init", "pairs.npy", "heldout_pairs.npy", "ref.npy", "tokenizer"}
 
     def resume(args):
         policy = model.load(f"{world}/sft.pt")
