@@ -139,8 +139,8 @@ class World:
 
     def prepare(self):
         if self.model in toyworld.TASTES:
-            run_program("prepare_data.py", self.model, "--data", self.data, "--seed", str(self.seed), "--reward_steps",
-                        "1000", *self.changed.split())
+            changed = self.changed or "--reward_steps 1000"  # for RLHF
+            run_program("prepare_data.py", self.model, "--data", self.data, "--seed", str(self.seed), *changed.split())
         same_data(self.data, self.runs)
 
     def train(self, flags, steps):
