@@ -21,7 +21,7 @@ from model import wrap as wrap_text
 
 BATCH = 64                    # samples per forward pass, which needs little memory without gradients
 NUM_REF = 2000                # rows of ref.npy that win rates during training compare with
-NUM_HELDOUT = 500             # rows of heldout_pairs.npy of which heldout_accuracy is a share
+NUM_HELDOUT = 200             # rows of heldout_pairs.npy of which heldout_accuracy is a share
 MIN_DICTIONARY = 1000         # rows after those, at least, for the readability judge
 FRESH, FRESH_REF, EVAL_REF = 200, 201, 202  # purposes of spo.rng: a finished checkpoint's samples, the reference's
 
@@ -60,7 +60,7 @@ def length_controlled_win_rate(wins, longer):
     """
     x = torch.stack((torch.ones_like(longer), longer / longer.std().clamp(min=1e-6))).flatten(1).double()   # (2, N)
     w = torch.zeros(2, dtype=torch.double)
-    for _ in range(20):  # Newton's method; the small curvature bounds w where the lengths decide every comparison
+    for _ in range(8):  # Newton's method; the small curvature bounds w where the lengths decide every comparison
         p = (w @ x).sigmoid()
         gradient = x @ (p - wins.flatten()) / len(p)
         curvature = x * p * (1 - p) @ x.T / len(p) + 1e-4 * torch.eye(2)
@@ -161,14 +161,18 @@ def evaluate_samples(args, policy, ref, y, mask):
     Means over samples y (N, T) of the policy, with the mask of their responses: KL and entropy in nats, length in
     tokens, the share with an end.
     """
-    def token_entropy(hidden):                                                      # (M, dim) -> (M,)
+    def token_kl(hidden, ref_hidden):                                               # (M, dim), (M, dim) -> (M,)
+        return spo.kl_per_token(policy.output(hidden), ref.output(ref_hidden))
+
+    def token_entropy(hidden):
         return torch.special.entr(upcast(policy.output(hidden)).softmax(-1)).sum(-1)
 
     kl, entropy = [], []
     with spo.autocast(args):
-        for part, counts in zip(y.split(BATCH), mask.split(BATCH)):
-            kl.append(spo.rollout_kl(policy, ref, part, counts, ref.hidden(part[:, :-1])))
-            entropy.append(spo.sum_over_tokens(token_entropy, counts[:, 1:].bool(), policy.hidden(part[:, :-1])))
+        for part, counts in zip(y[:, :-1].split(BATCH), mask[:, 1:].bool().split(BATCH)):
+            hidden = policy.hidden(part)                                            # read by both, (b, T-1, dim)
+            kl.append(spo.sum_over_tokens(token_kl, counts, hidden, ref.hidden(part)))
+            entropy.append(spo.sum_over_tokens(token_entropy, counts, hidden))
     finished = (mask * (y == BOS)).sum(1)                                           # (N,)
     return dict(kl=torch.cat(kl).mean().item(), entropy=torch.cat(entropy).mean().item(),
                 length=mask.sum(1).float().mean().item(), finished=finished.float().mean().item())
