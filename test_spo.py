@@ -319,13 +319,13 @@ def test_nothing_to_predict_and_nothing_to_compare():
 # ---------------------------------------------------------------------------------------------------
 # log pi(y) and the token KL, on a model whose responses can be enumerated
 
-def tiny(vocab_size=5, seed=0, **other):
-    """An untrained model with larger weights than at the start of training, so that nothing is nearly uniform."""
+def tiny(vocab_size=5, seed=0, scale=40, **other):
+    """An untrained model with an embedding scale times that at the start of training, so that nothing is uniform."""
     torch.manual_seed(seed)
     args = dict(dim=16, n_layers=2, n_heads=4, vocab_size=vocab_size, multiple_of=4, max_seq_len=64)
     model = Transformer(ModelArgs(**args | other))
     with torch.no_grad():
-        model.tok_embeddings.weight.mul_(40)
+        model.tok_embeddings.weight.mul_(scale)
     return model
 
 
@@ -476,9 +476,7 @@ def test_cache_and_generate_against_the_full_forward(n_kv_heads, temperature, to
 
 
 def test_prompts_of_mixed_lengths_are_each_continued_as_if_alone():
-    model, generator = tiny(30).double(), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        model.tok_embeddings.weight.div_(10)
+    model, generator = tiny(30, scale=4).double(), torch.Generator().manual_seed(0)
     tokens = torch.randint(2, 30, (40, 7), generator=generator)
     lengths = torch.randint(2, 8, (40,), generator=generator)
     lengths[:2] = torch.tensor([2, 7])
@@ -503,9 +501,7 @@ def test_prompts_of_mixed_lengths_are_each_continued_as_if_alone():
 def data(request, tmp_path_factory):
     """A folder with a tiny model and random responses, also such that continue prompts of 1 to 4 tokens."""
     folder = tmp_path_factory.mktemp("data")
-    model = tiny(20, max_seq_len=32)
-    with torch.no_grad():
-        model.tok_embeddings.weight.div_(8)
+    model = tiny(20, scale=5, max_seq_len=32)
     save(model, folder / "sft.pt")
     for purpose, (name, n) in enumerate(dict(pairs=2, best=4, ranked=4, ref=1).items()):
         lengths = torch.ones(12, dtype=torch.long)

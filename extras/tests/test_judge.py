@@ -4,6 +4,7 @@ import math
 import os
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,17 +13,14 @@ import pytest
 import torch
 
 import spo
+import test_spo
 from extras import judge, toyworld
-from extras.reward_model import make_reward_head
+from extras.reward_model import make_reward_head, reward_at_end
 from extras.tests.conftest import TOKENIZER
-from model import BOS, ModelArgs, Transformer, UserError, file_hash, load, load_tokenizer, save
+from model import BOS, UserError, file_hash, load, load_tokenizer, save
+from test_spo import end_of
 
-
-def tiny(seed):
-    torch.manual_seed(seed)
-    model = Transformer(ModelArgs(16, 2, 4, vocab_size=640, multiple_of=4, max_seq_len=64))
-    model.tok_embeddings.weight.data.mul_(15)  # so that nothing is nearly uniform
-    return model
+tiny = partial(test_spo.tiny, 640, scale=15)
 
 
 @pytest.fixture
@@ -37,10 +35,6 @@ def data(tmp_path):
 def get_args(data, *flags):
     argv = ["--data", data, "--out", data, "--tokenizer", TOKENIZER, "--max_new_tokens", "40", "--steps", "7"]
     return spo.get_args([*argv, "--num_eval_samples", "70", *flags])
-
-
-def end_of(row):
-    return next((t for t in range(1, len(row)) if row[t] == BOS), len(row) - 1)
 
 
 def mean_win(r, r_ref):
@@ -84,6 +78,8 @@ def test_a_reward_model_is_read_at_the_end_of_each_sample(data):
     assert result["win_rate"] == pytest.approx(mean_win(r, r[:30]), abs=1e-4)
     assert result["reward"] == pytest.approx(np.mean(r), abs=1e-4)
     assert abs(np.mean([reward(row, 1) for row in y]) - np.mean(r)) > 1e-3  # a token too far is another number
+    cut = torch.full((1, 65), 99)  # one token more than the context
+    assert reward_at_end(model, cut, spo.response_mask(cut)) == pytest.approx(reward(cut[0, :64]), abs=1e-4)
     assert args.hashes == {"reward.pt": file_hash(f"{data}/reward.pt")}
 
 

@@ -14,7 +14,7 @@ import prepare_data
 from extras import make_pairs, preferences, token_files, toyworld
 from extras.data_folder import open_folder
 from extras.tests.conftest import ROOT
-from extras.tests.test_data import FEW, hashes, pairs_file, texts, write_stories
+from extras.tests.test_data import FEW, SMALLEST, hashes, pairs_file, prepare_toy, texts, write_stories
 from extras.token_files import PAIR_FILES, encode_rows, save_preferences
 from model import BOS, UserError, file_hash, load_tokenizer
 
@@ -346,7 +346,14 @@ def test_made_pairs_are_the_models_own_tokens(published, monkeypatch, capsys):
     assert sorted(texts(data, "pairs", "heldout_pairs")) == sorted(expected)
 
 
-def test_the_toy_worlds_expert_as_a_judge():
-    stories = sorted(write_stories(50), key=toyworld.score)
-    low, high = toyworld.score(stories[0]), toyworld.score(stories[-1])
-    assert make_pairs.score_verdicts((stories[-1], stories[0]), toyworld.score) == ((high, low, 1), (low, high, 2))
+def test_the_toy_worlds_expert_as_a_judge(tmp_path):
+    """Of each model it is the judge that is the default; it prefers by three points or more."""
+    prepare_toy(tmp_path, "--source", "made", *SMALLEST, "--num_pairs", "60")
+    with open(tmp_path / "made.jsonl") as f:
+        records = [json.loads(line) for line in f]
+    assert len(records) > 2 and {record["judge"] for record in records} == {"toy"}
+    for record in records:
+        chosen, rejected = toyworld.score(record["chosen"]), toyworld.score(record["rejected"])
+        first, second = (chosen, rejected) if record["better"] == 0 else (rejected, chosen)
+        better = 1 + record["better"]
+        assert chosen - rejected >= 3 and record["verdicts"] == [[first, second, better], [second, first, 3 - better]]

@@ -17,16 +17,12 @@ import torch
 
 import prepare_data
 import spo
-from extras import judge, readability, toyworld
+from extras import judge, readability
 from extras.readability import Readability, grade_level, split_text
 from extras.tests.conftest import TOKENIZER
+from extras.tests.test_data import write_stories
 from extras.token_files import pad
 from model import UserError, generate, load, load_tokenizer
-
-
-def write_stories(n, seed):
-    rng = random.Random(seed)
-    return [toyworld.write_story(rng) for _ in range(n)]
 
 
 def join(sentences):

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -135,12 +136,12 @@ def test_errors_name_makes_variables(capsys):
         spo.get_args(["--steps", "0"])
     assert "--steps (make: STEPS=) is 0" in capsys.readouterr().err
 
-    def fail():
-        raise model.UserError("--seed is 9, --num_ref 1")
-
-    with pytest.raises(SystemExit) as ended:
-        model.run_main(fail)
-    assert ended.value.code == 2 and capsys.readouterr().err == "error: --seed (make: SEED=) is 9, --num_ref 1\n"
+    for error, ending in (
+            (model.UserError("--seed is 9, --num_ref 1"), (2, "error: --seed (make: SEED=) is 9, --num_ref 1\n")),
+            (OSError(28, "No space"), (2, "error: [Errno 28] No space\n")), (KeyboardInterrupt(), (130, ""))):
+        with pytest.raises(SystemExit) as ended:
+            model.run_main(mock.Mock(side_effect=error))
+        assert (ended.value.code, capsys.readouterr().err) == ending
 
 
 def test_make_passes_on_what_is_given_and_nothing_else():
@@ -153,5 +154,11 @@ def test_make_passes_on_what_is_given_and_nothing_else():
     for settings, expected in (("MODEL=stories15M", "data/stories15M"), ("MODEL=stories15M DATA=data/b", "data/b")):
         given = make("-n", "sample", "CHECKPOINT=a.pt", *settings.split()).stdout
         assert f"--tokenizer {expected}/tokenizer.model" in given
+    for target, names in re.findall(r"^(\w+)_reads = (.*)", read("Makefile"), re.M):
+        settings = {name: f"my {name.lower()}" for name in names.split() if name != "RESUME"}
+        given = make("-n", target, *(f"{name}={x}" for name, x in settings.items())).stdout
+        if target == "sample":
+            del settings["MODEL"]  # which is in the tokenizer's path, unless DATA is
+        assert all(x in given for x in settings.values()), given
     targets = re.findall(r"^make (\w+)", make().stdout, re.M)
     assert set(targets) == {*PROGRAMS, "help"}

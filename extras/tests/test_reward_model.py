@@ -12,7 +12,6 @@ from extras import judge, reward_model
 from extras.data_folder import open_folder
 from extras.tests.conftest import TOKENIZER
 from model import BOS, ModelArgs, Transformer, UserError, load, save
-from spo import response_mask
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +122,3 @@ def test_a_reward_model_no_better_than_chance_is_not_kept(world, tmp_path, monke
     else:
         with pytest.raises(UserError, match=f"no reward model was found better than chance .{reason}"):
             judge.make_judge(args, None, tokens)
-
-
-def test_a_reward_is_read_at_the_responses_own_end(world, planted):
-    model = reward_model.make_reward_head(load(f"{world}/sft.pt"))
-    torch.nn.init.normal_(model.output.weight, generator=torch.Generator().manual_seed(0))
-    tokens = torch.from_numpy(planted[:4, 0].astype(int))
-    r = reward_model.reward_at_end(model, tokens, response_mask(tokens))
-    assert torch.allclose(r, model(tokens[:, :11])[:, 10, 0], atol=1e-4)
-    assert not torch.allclose(r, model(tokens)[:, -1, 0], atol=1e-4)
-    cut = torch.full((1, 129), 99)  # one token more than the context
-    r = reward_model.reward_at_end(model, cut, response_mask(cut))
-    assert torch.allclose(r, model(cut[:, :128])[:, -1, 0], atol=1e-4)

@@ -2,25 +2,20 @@
 import itertools
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 import spo
+import test_spo
 from extras.fast_generate import fast_generate
 from extras.kl_estimators import compare_gradients, estimate_gradients, flat_gradient, main, score_function_kl
-from model import BOS, ModelArgs, Transformer, UserError, generate, save
+from model import BOS, UserError, generate, save
 
 PROMPT = torch.full((20, 1), BOS)
-
-
-def tiny(vocab_size, seed=0, scale=8.0, n_kv_heads=None):
-    """An untrained model; the larger scale, the less uniform is what it samples from."""
-    torch.manual_seed(seed)
-    model = Transformer(ModelArgs(16, 2, 4, n_kv_heads, vocab_size, multiple_of=4, max_seq_len=64))
-    model.tok_embeddings.weight.data.mul_(scale)
-    return model
+tiny = partial(test_spo.tiny, scale=8)
 
 
 def seeded(seed=1):
@@ -78,9 +73,8 @@ def test_compiled_it_is_the_same():
 
 
 def test_the_bias_of_both_estimators_is_that_of_enumeration():
-    policy, ref = tiny(3, 1, 15.0).double(), tiny(3, 2, 15.0).double().requires_grad_(False)
-    responses = [y + (BOS,) * (4 - len(y)) for n in range(5) for y in itertools.product((0, 2), repeat=n)]
-    y = torch.tensor([(BOS, *response) for response in responses])  # all that four new tokens can be
+    policy, ref = tiny(3, 1, scale=15).double(), tiny(3, 2, scale=15).double().requires_grad_(False)
+    y = test_spo.all_responses(3)  # all that four new tokens can be
     mask = spo.response_mask(y)
     logp, ref_logp = spo.seq_logp(policy, y, mask), spo.seq_logp(ref, y, mask)
     pi = logp.exp().detach()

@@ -137,6 +137,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_five_in_a_row_stop(world, tmp_
     assert [r["skipped"] for r in log if "loss" in r] == [0, 1, 1, 1, 2, 3, 3, 4, 5, 5]
     assert [r["step"] for r in log if r.get("loss", 0) is None] == [2, 5, 6, 8, 9]  # null, for JSON has no nan
     assert "step 4 is skipped" in capsys.readouterr().out and weights(tmp_path / "a/ckpt.pt").isfinite().all()
+    resumed = run(world, tmp_path / "a", "--log_every", "1", "--steps", "11", "--resume")
+    assert [r["skipped"] for r in resumed if "loss" in r][10:] == [5]
     bad, step = set(range(6, 11)), 0
     with pytest.raises(model.UserError, match="steps 6 to 10 were not finite: start again with a lower --lr"):
         run(world, tmp_path / "b", "--steps", "20")
@@ -390,6 +392,9 @@ def test_what_the_folder_was_not_made_from_is_refused(world, tmp_path):
     run(world, tmp_path / "a", *flags, "spo")
     with pytest.raises(model.UserError, match="ref.npy, which slic learns from, has samples of another model"):
         run(world, tmp_path / "b", *flags, "slic")
+    args = get_args(world, tmp_path / "b", "--algo", "slic")
+    spo.load_data(args, policy.args)
+    assert set(args.hashes) == {"init", "pairs.npy", "ref.npy"}  # all that it learns from, for when it is resumed
     shutil.copy(f"{ROOT}/tokenizer.model", tmp_path)
     with open(tmp_path / "tokenizer.model", "ab") as f:
         f.write(b"\x18\x00")  # an unknown field: the same tokens, another file
@@ -411,6 +416,11 @@ def test_a_used_folder_is_refused_and_half_written_files_are_removed(world, tmp_
             run(world, out, "--steps", "2", *flags)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert json.loads(before["settings.json"])["lr"] == 1e-3
+    for name in ("ckpt.pt", "best.pt", "log.jsonl"):  # each alone is a run that is not to be replaced
+        (tmp_path / name).mkdir()
+        shutil.copy(out / name, tmp_path / name)
+        with pytest.raises(model.UserError, match="holds an earlier run, of unknown settings"):
+            run(world, tmp_path / name)
     (out / "best.pt.part").write_bytes(b"half")
     (out / "log.jsonl").write_bytes(before["log.jsonl"] + b'{"step": 3, "lo')  # as a kill leaves them
     assert run(world, out, "--resume")[-1]["step"] == 10 and not list(out.glob("*.part"))
