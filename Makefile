@@ -75,12 +75,12 @@ test: .venv/ready  ## run all tests
 
 # To read what a model writes is the first thing to do with it
 sample: .venv/ready  ## print samples: CHECKPOINT=out/.../best.pt PROMPT="Once" N=3 TEMPERATURE=0.8
-	@$(PY) model.py $(CHECKPOINT) $(call flag,PROMPT,--prompt) $(call flag,N,-n) $(call flag,TEMPERATURE,--temperature) \
+	@$(PY) model.py $(call flag,CHECKPOINT) $(call flag,PROMPT,--prompt) $(call flag,N,-n) $(call flag,TEMPERATURE,--temperature) \
 	  $(call flag,SEED,--seed) $(if $(filter-out toy toy-naive,$(MODEL)),--tokenizer $(or $(DATA),data/$(MODEL))/tokenizer.model) $(ARGS)
 
 # Training evaluates on few samples and picks the best: evaluate the pick again
 evaluate: data  ## a checkpoint's win rate on fresh samples: CHECKPOINT=out/.../best.pt N=1000
-	@$(PY) -m extras.judge $(CHECKPOINT) $(call flag,N,--n) $(call flag,MODEL,--model) $(call flag,DATA,--data) \
+	@$(PY) -m extras.judge $(call flag,CHECKPOINT) $(call flag,N,--n) $(call flag,MODEL,--model) $(call flag,DATA,--data) \
 	  $(call flag,SEED,--seed) $(ARGS)
 
 # Figures need matplotlib, which nothing else does

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import sys
 import threading
 import time
@@ -831,8 +832,9 @@ def main(argv=None, train=train):
     stop = stop_on_signal()
     train(args, evaluate, sampler, stop)
     if os.path.exists(f"{args.out}/best.pt"):
-        where = "" if args.data == f"data/{args.model}" else f" DATA={args.data}"
-        print(f"to read samples: make sample MODEL={args.model}{where} N=3 \\\n  CHECKPOINT={args.out}/best.pt")
+        where = "" if args.data == f"data/{args.model}" else f" DATA={shlex.quote(args.data)}"
+        checkpoint = shlex.quote(f"{args.out}/best.pt")
+        print(f"to read samples: make sample MODEL={args.model}{where} N=3 \\\n  CHECKPOINT={checkpoint}")
     if stop.is_set():
         sys.exit(130)
 

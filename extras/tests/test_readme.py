@@ -160,5 +160,6 @@ def test_make_passes_on_what_is_given_and_nothing_else():
         if target == "sample":
             del settings["MODEL"]  # which is in the tokenizer's path, unless DATA is
         assert all(x in given for x in settings.values()), given
+        assert "CHECKPOINT" not in settings or "'my checkpoint'" in given
     targets = re.findall(r"^make (\w+)", make().stdout, re.M)
     assert set(targets) == {*PROGRAMS, "help"}
