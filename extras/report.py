@@ -48,7 +48,8 @@ TOY_GRID = {
 WHY_GRID = {
     "SPO, no KL": ("--algo spo --alpha 0.01 --beta 0", [f"--algo spo --alpha {alpha} --beta 0" for alpha in ALPHAS]),
     "DPO + KL": ("--algo hypo --beta 0.1 --beta_kl 0.03",
-                 [f"--algo hypo --beta {beta} --beta_kl {beta_kl}" for beta in (0.03, 0.1, 0.3) for beta_kl in BETAS[2:]]),
+                 [f"--algo hypo --beta {beta} --beta_kl {beta_kl}"
+                  for beta in (0.03, 0.1, 0.3) for beta_kl in (0.03, 0.1, 0.3)]),
 }
 # On real text the learning rates are two for each of two settings
 REAL_GRID = {
@@ -226,9 +227,9 @@ def report(model, folder):
 # Ablations, on the worlds of Table 1
 
 # Section 9's questions -> settings of prepare_data.py, by what is on the x axis; "" is the world of Table 1
-QUESTIONS = {"share of labels flipped": {0: "", 0.1: "--label_noise 0.1", 0.2: "--label_noise 0.2", 0.4: "--label_noise 0.4"},
-             "preference pairs": {500: "--num_pairs 500", 2000: "--num_pairs 2000", 4000: "", 16000: "--num_pairs 16000"},
-             "width of the model": {32: "--dim 32", 64: "", 128: "--dim 128"}}
+QUESTIONS = {"share of labels flipped": {0: "", **{p: f"--label_noise {p}" for p in (0.1, 0.2, 0.4)}},
+             "preference pairs": {4000: "", **{n: f"--num_pairs {n}" for n in (500, 2000, 16000)}},
+             "width of the model": {64: "", 32: "--dim 32", 128: "--dim 128"}}
 QUESTION_SEEDS = (0, 1, 2)
 
 
@@ -250,7 +251,7 @@ def ask_questions(chosen, folder):
     win_rates = {job: peak["win_rate"] for job, (peak, _) in zip(jobs, done)}
     for question, settings in QUESTIONS.items():
         curves[question] = {method: {x: [win_rates[flags, world] for world in worlds[changed]]
-                                     for x, changed in settings.items()} for method, flags in chosen.items()}
+                                     for x, changed in sorted(settings.items())} for method, flags in chosen.items()}
     return curves
 
 
