@@ -454,6 +454,19 @@ class Progress:
             print(f"{self.verb} {self.done} of {self.total}, {format_time(seconds_left)} left", flush=True)
 
 
+SMALL = 4 << 20  # bytes of a checkpoint, of a million parameters
+
+
+def limit_threads(path):
+    """
+    One CPU thread for a model whose checkpoint is small, or not there yet: a second one saves nothing, and waits for
+    the other programs on the machine. The variable OMP_NUM_THREADS has precedence.
+    """
+    small = not os.path.exists(path) or os.path.getsize(path) < SMALL
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 MAKE_FLAGS = "algo|alpha|beta|gamma|delta|model|source|data|out|seed|steps|resume|prompt|n|temperature"
 
 
@@ -504,6 +517,7 @@ def main(argv=None):
         p.error("-n and --top_k must be at least 1, --seed from 0 to 2^63 - 1")
     if args.temperature != 0 and not 0.001 <= args.temperature < math.inf:
         p.error("--temperature must be 0, or 0.001 or more")
+    limit_threads(args.checkpoint)
     model = load(args.checkpoint)
     tokenizer = load_tokenizer(args.tokenizer, model.args.vocab_size)
     prompt = torch.tensor([[BOS, *tokenizer.encode(args.prompt)]])

@@ -30,8 +30,8 @@ from extras.make_pairs import make_pairs
 from extras.preferences import read_preferences
 from extras.reward_model import save_reward_model
 from extras.token_files import PAIR_FILES, encode_rows, pad, save_preferences
-from model import (BOS, ModelArgs, Parser, Transformer, UserError, atomic_write, file_hash, load, load_tokenizer,
-                   run_main, save, wrap)
+from model import (BOS, ModelArgs, Parser, Transformer, UserError, atomic_write, file_hash, limit_threads, load,
+                   load_tokenizer, run_main, save, wrap)
 from spo import (BATCH, PROMPT_LENGTH, Responses, batch_indices, check_length, dataset_logp, micro_batches,
                  model_defaults, no_prompts, rng, sample, seq_logp)
 
@@ -367,6 +367,8 @@ def main(argv=None):
         return train_tokenizer(args.tokenizer or "tokenizer.model")
     with open_folder(args.data or f"data/{args.model}") as folder:
         set_settings(folder, args)
+        if folder.settings["model"] in toyworld.TASTES:
+            limit_threads(f"{folder.path}/sft.pt")
         prepare(folder, args.init, args.tokenizer or "tokenizer.model")
     print(f"{folder.path} is ready")
 

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from model import (BOS, Parser, Progress, UserError, atomic_write, file_hash, format_time, generate, load,
-                   load_checkpoint, run_main, save, screen_width, upcast, wrap)
+from model import (BOS, Parser, Progress, UserError, atomic_write, file_hash, format_time, generate, limit_threads,
+                   load, load_checkpoint, run_main, save, screen_width, upcast, wrap)
 
 # ---------------------------------------------------------------------------------------------------
 # log pi(y): a sum over the tokens of a response y, the BOS that ends it included, so that pi is a distribution over
@@ -820,6 +820,7 @@ def main(argv=None, train=train):
     args = get_args(argv)
     if args.init == f"{args.data}/sft.pt":
         require_file(args, "sft.pt")
+    limit_threads(args.init)
     evaluate = None
     sampler = generate
     if args.judge != "none":

@@ -16,7 +16,8 @@ from extras.fast_generate import fast_generate
 from extras.llm_judge import ask_test_question, get_endpoint, judge_pairs, llm_win_rate
 from extras.readability import Readability
 from extras.reward_model import load_reward_model, reward_at_end
-from model import BOS, Parser, UserError, atomic_write, file_hash, generate, load, load_tokenizer, run_main, upcast
+from model import BOS, Parser, UserError, atomic_write, file_hash, generate, limit_threads, load, load_tokenizer
+from model import run_main, upcast
 from model import wrap as wrap_text
 
 BATCH = 64                    # samples per forward pass, which needs little memory without gradients
@@ -308,6 +309,7 @@ def main(argv=None):
     args = spo.get_args(rest)
     if own.n < 2 or args.judge == "none":
         p.error("--n must be at least 2, and --judge not none")
+    limit_threads(own.checkpoint)
     policy, ref = load(own.checkpoint, args.device), load(args.init, args.device)
     for model in (policy, ref):
         spo.check_length(args.max_new_tokens, model.args.max_seq_len)

@@ -15,8 +15,8 @@ import torch
 
 import spo
 from extras.tests.conftest import ROOT, TOKENIZER
-from model import (BOS, ModelArgs, UserError, atomic_write, export, generate, load, load_checkpoint, load_tokenizer,
-                   sample_token, save, wrap)
+from model import (BOS, ModelArgs, UserError, atomic_write, export, generate, limit_threads, load, load_checkpoint,
+                   load_tokenizer, sample_token, save, wrap)
 from test_spo import slow_generate, tiny
 
 TOKENS = torch.randint(0, 30, (3, 20), generator=spo.rng(0))
@@ -267,3 +267,20 @@ def test_the_program_prints_samples_or_one_sentence(tmp_path, monkeypatch, capsy
                          ("b.pt", "640 tokens, but the checkpoint 30"), ("c.bin", "c.bin")):
         status, out, error = program(flags)
         assert (status, out) == (2, "") and words in error.splitlines()[-1] and error.count("error: ") == 1, error
+
+
+def test_small_models_take_one_thread(monkeypatch, tmp_path):
+    threads, (small, large) = [], (tmp_path / "small.pt", tmp_path / "large.pt")
+    for path, size in ((small, 1000), (large, 5 << 20)):
+        with open(path, "wb") as f:
+            f.truncate(size)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    limit_threads(large)
+    assert threads == []
+    limit_threads(small)
+    limit_threads(tmp_path / "none.pt")
+    assert threads == [1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    limit_threads(small)
+    assert threads == [1, 1]
