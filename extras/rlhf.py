@@ -13,7 +13,7 @@ import spo
 from extras.judge import load_readability, make_rewards
 from model import UserError, format_time, generate, load, load_tokenizer, run_main, save, wrap
 
-spo.ALGOS["rlhf"] = dict(beta=0.1, reward="model", num_rollouts=32)
+spo.ALGOS["rlhf"] = dict(beta=0.05, reward="model", num_rollouts=32)
 spo.HELP["reward"] = "model: <data>/reward.pt, fitted to the pairs; judge: the reward that --judge has"
 spo.TOY_LR["rlhf"] = 4e-4
 spo.REAL_ALGOS["rlhf"] = dict(beta=0.5, lr=5e-5)  # those of spo, not tried
@@ -24,7 +24,8 @@ def rlhf_advantage(r, logp, ref_logp, beta):
     """
     Of R samples of pi_theta with rewards r (R,): r - beta log(pi_theta / pi_ref), less its mean over the others ->
     (R,). The mean of -advantage * grad logp is an unbiased estimate of the gradient of Eq. 4, whose fixed point is
-    proportional to pi_ref exp(r / beta): there every advantage is 0.
+    proportional to pi_ref exp(r / beta): there every advantage is 0. spo.rollout_kl on the same samples, whose gradient
+    is biased, takes longer and did no better (docs/design.md).
     """
     penalized = r - beta * (logp - ref_logp)
     baseline = (penalized.sum() - penalized) / (len(r) - 1)  # leave one out: independent of the sample itself
@@ -32,7 +33,7 @@ def rlhf_advantage(r, logp, ref_logp, beta):
 
 
 def policy_gradient(args, policy, ref, y, mask, r):
-    """Adds an estimate of Eq. 4's gradient, by samples y (R, T) with rewards r (R,), to policy's -> its log-ratios."""
+    """Adds an estimate of Eq. 4's gradient by samples y (R, T), rewards r (R,) to policy's -> its log-ratios (R,)."""
     parts = list(zip(y.split(args.micro_batch_size), mask.split(args.micro_batch_size)))
     with torch.no_grad(), spo.autocast(args):
         logp = torch.cat([spo.seq_logp(policy, *part) for part in parts])

@@ -126,7 +126,7 @@ def test_a_run_starts_at_the_reference_and_resumes_exactly(rewarded, tmp_path, m
             run("b", *more)
     assert without_times(run("b", "--resume")) == without_times(log)
     assert all(torch.equal(weights(tmp_path / "b" / x), weights(tmp_path / "a" / x)) for x in ("ckpt.pt", "best.pt"))
-    with pytest.raises(model.UserError, match="was started with beta 0.1, not 0.2"):
+    with pytest.raises(model.UserError, match="was started with beta 0.05, not 0.2"):
         run("b", "--beta", "0.2", "--resume")
 
 
