@@ -47,9 +47,9 @@ TOY_GRID = {
 # Of {reference inside the loss} x {KL on the model's own samples} SPO and DPO are two; these are the other two
 WHY_GRID = {
     "SPO, no KL": ("--algo spo --alpha 0.01 --beta 0", [f"--algo spo --alpha {alpha} --beta 0" for alpha in ALPHAS]),
-    "DPO + KL": ("--algo hypo --beta 0.1 --beta_kl 0.03",
+    "DPO + KL": ("--algo hypo --beta 0.1 --beta_kl 0.003",
                  [f"--algo hypo --beta {beta} --beta_kl {beta_kl}"
-                  for beta in (0.03, 0.1, 0.3) for beta_kl in (0.03, 0.1, 0.3)]),
+                  for beta in (0.03, 0.1, 0.3) for beta_kl in (0.001, 0.003, 0.01)]),
 }
 # On real text the learning rates are two for each of two settings
 REAL_GRID = {
