@@ -1,4 +1,5 @@
 """extras/spo_trl.py and extras/hf_export.py; needs extras/requirements-trl.txt."""
+import itertools
 import json
 import os
 import random
@@ -90,7 +91,7 @@ def run_step(out, lora, steps, checkpointing, alpha=0.1, fsdp=False):
                 weights=weights)
 
 
-CASES = [(False, 1, False), (False, 2, True), (True, 1, False), (True, 2, True)]  # LoRA, accumulation, checkpointing
+CASES = list(itertools.product((False, True), (1, 2), (False, True)))  # LoRA, accumulation, checkpointing
 
 
 def run_rank(rank, out, fsdp):
@@ -185,7 +186,7 @@ def test_loss_and_gradient(case, tmp_path):
             check([again], False, alpha=0.1)
 
 
-@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("case", range(len(CASES)))
 def test_two_processes(case, two_processes):
     check([rank[case] for rank in two_processes], CASES[case][0])
 
