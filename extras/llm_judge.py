@@ -22,7 +22,7 @@ import torch
 from model import Progress, UserError, wrap
 
 SETTINGS = {  # environment variable: (type, default, lowest); empty or "none" leaves the last two out of the request
-    "JUDGE_WORKERS": (int, 4, 1),        # requests in flight
+    "JUDGE_WORKERS": (int, 4, 1),        # requests in flight, fewer after timeouts
     "JUDGE_TIMEOUT": (float, 120, 0.1),  # seconds of silence before a request is repeated
     "JUDGE_MAX_TOKENS": (int, 2000, 1),  # of a reply
     "JUDGE_TEMPERATURE": (float, 0, 0),
@@ -152,7 +152,24 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def chat_completion(prompt):
+class InFlight:
+    """At most n requests at a time; after each that times out one fewer, down to one, for the server is too slow."""
+
+    def __init__(self, n):
+        self.n, self.lock, self.slots = n, threading.Lock(), threading.Semaphore(n)
+
+    def __enter__(self):
+        self.slots.acquire()
+
+    def __exit__(self, error, *_):
+        with self.lock:
+            one_fewer = error is TimeoutError and self.n > 1
+            self.n -= one_fewer
+        if not one_fewer:
+            self.slots.release()
+
+
+def chat_completion(prompt, in_flight):
     """The endpoint's Reply to prompt. Raises UserError where there is none."""
     url, model, key = get_endpoint()
     timeout = read_setting("JUDGE_TIMEOUT")
@@ -165,7 +182,7 @@ def chat_completion(prompt):
 
     def attempt():
         request = urllib.request.Request(url, data, headers)
-        with urllib.request.build_opener(NoRedirect).open(request, timeout=timeout) as response:
+        with in_flight, urllib.request.build_opener(NoRedirect).open(request, timeout=timeout) as response:
             return parse_completion(read_body(response, MAX_BODY))
 
     return with_retries(url, attempt, {
@@ -226,10 +243,10 @@ def parse_verdict(reply, delimiter):
     return *scores, int(better)
 
 
-def llm_verdict(story_1, story_2):
-    """Asks the endpoint -> (verdict as parse_verdict gives it, Reply)."""
+def llm_verdict(story_1, story_2, in_flight=None):
+    """Asks the endpoint -> (verdict as parse_verdict gives it, Reply). in_flight: shared by parallel calls."""
     delimiter, prompt = judge_prompt(story_1, story_2)
-    reply = chat_completion(prompt)
+    reply = chat_completion(prompt, in_flight or InFlight(1))
     if reply.trouble:
         return None, reply
     verdict = parse_verdict(reply.text, delimiter)
@@ -309,9 +326,11 @@ def judge_pairs(pairs, path):
     to_ask = [key for key in orders if key not in kept]
     print(wrap(f"{endpoint.model}: {len(to_ask)} verdicts to ask for, {len(verdicts)} known"), flush=True)
     lock, progress, shown = threading.Lock(), Progress("judged", len(to_ask)), []
+    workers = read_setting("JUDGE_WORKERS")
+    in_flight = InFlight(workers)
 
     def ask(key):
-        verdict, reply = llm_verdict(*orders[key])
+        verdict, reply = llm_verdict(*orders[key], in_flight)
         text = "" if verdict else quote(reply.text)
         with lock, open(path, "a") as f:
             verdicts[key] = verdict, (reply.trouble, text)
@@ -322,7 +341,7 @@ def judge_pairs(pairs, path):
                 print(wrap(f"an invalid reply ({reply.trouble}): '{text}'"), flush=True)
             progress.add(1)
 
-    with ThreadPoolExecutor(read_setting("JUDGE_WORKERS")) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(to_ask), BLOCK):
             if len(verdicts) >= BLOCK:
                 check_invalid(verdicts, path)

@@ -175,6 +175,30 @@ def test_trouble_that_may_pass(endpoint, monkeypatch, tmp_path, capsys, trouble)
     assert shown.count("again in 0 s") == 2 and KEY not in shown
 
 
+def test_after_each_timeout_one_request_fewer_is_in_flight(endpoint, monkeypatch):
+    def ask(error=None):
+        if error:
+            with pytest.raises(error), in_flight:
+                raise error
+        else:
+            with in_flight:
+                now.append(1)
+
+    in_flight, now = llm_judge.InFlight(3), []
+    for error, left in ((TimeoutError, 2), (None, 2), (ConnectionError, 2), (TimeoutError, 1), (TimeoutError, 1)):
+        ask(error)
+        assert in_flight.n == left
+    ask()  # the last slot is never lost
+    with in_flight:
+        assert not in_flight.slots.acquire(blocking=False)
+    monkeypatch.setenv("JUDGE_TIMEOUT", "0.2")
+    monkeypatch.setattr(llm_judge, "TRIES", 2)
+    endpoint.replies, in_flight = [dict(delay=0.5, body=completion(""))], llm_judge.InFlight(4)
+    with pytest.raises(UserError, match="timed out"):
+        llm_verdict("7", "4", in_flight)
+    assert in_flight.n == 2
+
+
 @pytest.mark.parametrize("status, words", [(400, "JUDGE_TEMPERATURE=none"), (302, "answers 302.*JUDGE_MODEL")])
 def test_trouble_that_stays(endpoint, status, words):
     endpoint.replies = [dict(status=status, headers={"Location": endpoint.url})]
