@@ -113,6 +113,11 @@ def stage_weights(logp, gamma, log_mean):
                         for i in range(logp.shape[1] - 1)], 1)
 
 
+def log_mean_weights(logp, gamma):
+    """The log of each stage's mean weight, not yet divided, over rows of data; logp (N, n) -> n-1 numbers."""
+    return [(gamma * logp[:, i:].logsumexp(1)).logsumexp(0) - math.log(len(logp)) for i in range(logp.shape[1] - 1)]
+
+
 def best_of_n_loss(logp, best, alpha, mu=None):
     """
     Eq. 14: -1/alpha log(pi_best^alpha / sum_i pi_i^alpha) -> (B,). best (B,): the index of the best of n; mu (B,).
@@ -371,7 +376,9 @@ def sample_rollouts(args, policy, ref, data, step, generate):
 def is_best(record, best_win_rate, max_kl):
     """Whether an evaluation's win rate is above best_win_rate, and its KL at most max_kl; None was not finite."""
     win_rate, kl = record.get("win_rate"), record.get("kl", 0.0)
-    return win_rate is not None and kl is not None and kl <= max_kl and win_rate > best_win_rate
+    if win_rate is None or kl is None:
+        return False
+    return kl <= max_kl and win_rate > best_win_rate
 
 
 def train(args, evaluate=None, generate=generate, stop=None):
@@ -400,9 +407,7 @@ def train(args, evaluate=None, generate=generate, stop=None):
     batches = epoch_batches(len(data), args.batch_size, args.seed, BATCH, 0) if reads_ref else []
     with autocast(args):
         ref_logp = dataset_logp(ref, data, batches, args.micro_batch_size)          # (N, n), 0 if not read
-    if use_mu:  # its mean over the data is 1 at step 0, whatever the batches
-        log_mean = [(args.gamma * ref_logp[:, i:].logsumexp(1)).logsumexp(0) - math.log(len(data))
-                    for i in range(ref_logp.shape[1] - 1)]
+    log_mean = log_mean_weights(ref_logp, args.gamma) if use_mu else None  # fixed: mean mu is 1 at step 0
 
     print(table_row(dict(zip(COLUMNS, COLUMNS))))
     for step in range(start_step, args.steps + 1):
@@ -629,7 +634,9 @@ def cut_log(args, step):
         f.seek(0)
         records = [json.loads(line) for line in f if line.endswith("\n")]  # a killed run can leave half a line
     repeated = step % args.eval_every == 0 and step != args.steps
-    kept = [r for r in records if r["step"] < step or r["step"] == step and ("loss" in r or not repeated)]
+    before = [r for r in records if r["step"] < step]
+    at_step = [r for r in records if r["step"] == step and ("loss" in r or not repeated)]
+    kept = before + at_step
     with atomic_write(f"{args.out}/log.jsonl") as f:
         f.write("".join(json.dumps(r) + "\n" for r in kept).encode())
     return kept
@@ -681,8 +688,8 @@ def log_training(args, step, history, lr, skipped):
 # ---------------------------------------------------------------------------------------------------
 # Command line
 
-# What each algorithm reads; a flag that it does not read is an error. The defaults of dpo, hypo, ipo and slic are chosen
-# by E.2's sweep on the toy world (docs/results.md), spo's are gentler. The paper does not say which of its sweep won.
+# What each algorithm reads; a flag that it does not read is an error. The defaults of dpo, hypo, ipo and slic are
+# chosen by E.2's sweep on the toy world (docs/results.md), spo's are gentler. The paper does not say which won its own.
 ALGOS = {
     "spo": dict(alpha=0.01, beta=0.05, gamma=0.0, num_rollouts=8, rollout_every=8),
     "best_of_n": dict(alpha=0.01, beta=0.1, gamma=0.0, num_rollouts=8, rollout_every=8),

@@ -16,8 +16,8 @@ from extras.fast_generate import fast_generate
 from extras.llm_judge import ask_test_question, get_endpoint, judge_pairs, llm_win_rate
 from extras.readability import Readability
 from extras.reward_model import load_reward_model, reward_at_end
-from model import BOS, Parser, UserError, atomic_write, file_hash, generate, limit_threads, load, load_tokenizer
-from model import run_main, upcast
+from model import (BOS, Parser, UserError, atomic_write, file_hash, generate, limit_threads, load, load_tokenizer,
+                   run_main, upcast)
 from model import wrap as wrap_text
 
 BATCH = 64                    # samples per forward pass, which needs little memory without gradients

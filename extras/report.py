@@ -26,8 +26,8 @@ from spo import MODELS
 # The protocol. Everything random of a toy world is drawn from one seed: stories, SFT model, pairs, training. A method
 # is tuned on a world of its own. First its middle setting runs at each learning rate; at the one with the highest peak
 # all its settings run. Rule "peak" chooses the setting with the highest win rate of an evaluation, rule "mean" the one
-# with the highest mean win rate over training. The chosen ones run on other worlds, to STEPS: the best model is
-# evaluated again, on 1,000 fresh samples, since the highest of several is biased upwards; then on to LATE.
+# with the highest mean win rate over training. The chosen ones run on other worlds, as long: the best model is
+# evaluated again, on 1,000 fresh samples, since the highest of several is biased upwards; then to the last step.
 
 ALPHAS, DELTAS = (0.001, 0.003, 0.01, 0.03, 0.1), (0, 0.001, 0.01, 0.1, 1, 10)
 BETAS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
@@ -53,10 +53,12 @@ WHY_GRID = {
 }
 # On real text the learning rates are two for each of two settings
 REAL_GRID = {
-    "SPO": (None, [f"--algo spo --alpha 0.01 --beta {beta} --lr {lr}" for beta in (0.3, 0.5) for lr in ("2e-5", "5e-5")]),
+    "SPO": (None, [f"--algo spo --alpha 0.01 --beta {beta} --lr {lr}"
+                   for beta in (0.3, 0.5) for lr in ("2e-5", "5e-5")]),
     "DPO": (None, [f"--algo dpo --beta {beta} --lr {lr}" for beta in (0.1, 0.3) for lr in ("2e-5", "5e-5")]),
     "IPO": (None, [f"--algo ipo --beta {beta} --lr {lr}" for beta in (0.03, 0.1) for lr in ("2e-5", "5e-5")]),
-    "SLiC-HF": (None, [f"--algo slic --delta 10 --beta {beta} --lr {lr}" for beta in (0.3, 1) for lr in ("2e-5", "5e-5")]),
+    "SLiC-HF": (None, [f"--algo slic --delta 10 --beta {beta} --lr {lr}"
+                       for beta in (0.3, 1) for lr in ("2e-5", "5e-5")]),
 }
 TUNING_SEED = 100
 # Model -> steps, last step, seeds, methods
@@ -113,6 +115,11 @@ def same_data(data, folder):
             raise UserError(f"the runs in {folder} are on other data than {data} holds now: move {folder} away.")
 
 
+def run_name(flags):
+    """The name of a run's folder: --algo spo --alpha 0.01 gives spo-alpha-0.01."""
+    return "-".join(flags.replace("--", "").split()[1:])
+
+
 def train_until(steps, flags, out, settings=""):
     """Trains to so many steps in the folder out, resuming a run that was stopped or is shorter -> its evaluations."""
     program = ["-m", "extras.rlhf"] if flags.startswith("--reward") else ["spo.py"]
@@ -146,7 +153,7 @@ class World:
 
     def train(self, flags, steps):
         """-> the run's folder, its evaluations."""
-        out = f"{self.runs}/{'-'.join(flags.replace('--', '').split()[1:])}"
+        out = f"{self.runs}/{run_name(flags)}"
         return out, train_until(steps, flags, out, self.settings)
 
     def train_past_the_peak(self, flags, steps, late):
@@ -285,7 +292,7 @@ def compare(folder):
     same_data("data/toy", folder)
 
     def run(flags):
-        return train_until(COMPARE_STEPS, flags, f"{folder}/{'-'.join(flags.replace('--', '').split()[1:])}")
+        return train_until(COMPARE_STEPS, flags, f"{folder}/{run_name(flags)}")
 
     runs = {}
     for flags, evaluations in zip(COMPARE, run_all("runs", run, COMPARE)):

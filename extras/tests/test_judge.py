@@ -197,11 +197,12 @@ def test_length_controlled_win_rate():
     length, length_ref = (mean + 10 * torch.randn(500, generator=generator) for mean in (70, 60))
     longer = length[:, None] - length_ref
     planted_length, planted_quality = (0.05 * longer).sigmoid(), (0.05 * longer + 0.7).sigmoid()
+    quality, mean_quality = 1 / (1 + math.exp(-0.7)), planted_quality.mean().item()
     assert planted_length.mean() > 0.6
     assert judge.length_controlled_win_rate(planted_length, longer) == pytest.approx(0.5, abs=1e-3)
-    assert judge.length_controlled_win_rate(planted_quality, longer) == pytest.approx(1 / (1 + math.exp(-0.7)), abs=1e-3)
+    assert judge.length_controlled_win_rate(planted_quality, longer) == pytest.approx(quality, abs=1e-3)
     same = torch.zeros(500, 500)
-    assert judge.length_controlled_win_rate(planted_quality, same) == pytest.approx(planted_quality.mean().item(), abs=1e-3)
+    assert judge.length_controlled_win_rate(planted_quality, same) == pytest.approx(mean_quality, abs=1e-3)
     assert 0.45 < judge.length_controlled_win_rate((longer > 0).float(), longer) < 0.55  # lengths decide every pair
 
 
