@@ -43,11 +43,6 @@ $(if $(filter-out 0 1,$(RESUME)),$(error RESUME is $(RESUME): give RESUME=1 to c
 # $(call flag,OUT,--out) is --out 'VALUE' if OUT is given, else nothing; quotes in VALUE are escaped for the shell
 flag = $(if $($(1)),$(2) '$(subst ','\'',$($(1)))')
 
-# glibc gives the memory of large tensors back to the kernel and takes it again page by page: a fifth of a step of the
-# 15M model. With these two it keeps what it has; other C libraries ignore them.
-export MALLOC_MMAP_MAX_ = 0
-export MALLOC_TRIM_THRESHOLD_ = 2147483647
-
 # The first target, so that `make` alone shows what there is
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16 | \

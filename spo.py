@@ -28,7 +28,7 @@ from model import (BOS, Parser, Progress, UserError, atomic_write, file_hash, fo
 # log pi(y): a sum over the tokens of a response y, the BOS that ends it included, so that pi is a distribution over
 # responses. A sum, not a mean: alpha = 0.001 .. 0.1 only makes sense for differences of tens of nats.
 
-CHUNK = 4096  # positions whose logits, 32,000 numbers each, are in memory at a time
+MAX_LOGITS = 1 << 24  # in memory at a time: those of 524 positions if the vocabulary has 32,000 tokens
 
 
 def response_mask(tokens, prompt_length=1):
@@ -48,13 +48,14 @@ def response_mask(tokens, prompt_length=1):
     return F.pad(counts, (1, 0)).long()
 
 
-def sum_over_tokens(fn, mask, *inputs):
+def sum_over_tokens(fn, vocab_size, mask, *inputs):
     """
     fn at the positions where mask (N, T) is 1, summed over each row -> (N,). inputs (N, T, ...); fn gets them as
-    (M, ...) and returns (M,). With more than CHUNK positions, each chunk is computed again in the backward pass, so
-    that the logits of only one are in memory.
+    (M, ...) and returns (M,). With more positions than MAX_LOGITS allows, each chunk is computed again in the backward
+    pass, so that the logits of only one are in memory.
     """
-    chunks = list(zip(*(x[mask].split(CHUNK) for x in inputs)))
+    chunk_size = max(1, MAX_LOGITS // vocab_size)
+    chunks = list(zip(*(x[mask].split(chunk_size) for x in inputs)))
     if len(chunks) > 1:
         values = [torch.utils.checkpoint.checkpoint(fn, *chunk, use_reentrant=False) for chunk in chunks]
     else:
@@ -73,15 +74,15 @@ def seq_logp(model, tokens, mask):
         return torch.zeros(len(tokens), device=tokens.device)
     if hasattr(model, "hidden"):
         hidden = model.hidden(tokens[:, :-1])                                       # (N, T-1, dim)
-        lm_head = model.output
+        lm_head, vocab_size = model.output, model.args.vocab_size
     else:
         hidden = model(tokens[:, :-1])                                              # (N, T-1, V)
-        lm_head = torch.nn.Identity()
+        lm_head, vocab_size = torch.nn.Identity(), hidden.shape[-1]
 
     def token_logp(hidden, targets):                                                # (M, dim), (M,) -> (M,)
         return -F.cross_entropy(upcast(lm_head(hidden)), targets, reduction="none")
 
-    return sum_over_tokens(token_logp, mask[:, 1:].bool(), hidden, tokens[:, 1:])
+    return sum_over_tokens(token_logp, vocab_size, mask[:, 1:].bool(), hidden, tokens[:, 1:])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -197,7 +198,8 @@ def rollout_kl(policy, ref, y, mask, ref_hidden):
     """token_kl of the rollouts y (R, T) without ever holding (R, T, V) logits -> (R,)."""
     def kl_at(hidden, ref_hidden):                                                  # (M, dim), (M, dim) -> (M,)
         return kl_per_token(policy.output(hidden), ref.output(ref_hidden))
-    return sum_over_tokens(kl_at, mask[:, 1:].bool(), policy.hidden(y[:, :-1]), ref_hidden)
+    hidden = policy.hidden(y[:, :-1])                                               # (R, T-1, dim)
+    return sum_over_tokens(kl_at, policy.args.vocab_size, mask[:, 1:].bool(), hidden, ref_hidden)
 
 
 def no_prompts(n):
@@ -713,6 +715,7 @@ PAPER = dict(batch_size=128, warmup=5000, steps=40000, eval_every=1000, num_eval
 MODELS = {"toy": TOY, "toy-naive": TOY | {"judge": "toy-naive"}, "stories260K": REAL, "stories15M": REAL,
           "stories42M": REAL, "stories110M": REAL | PAPER}
 TOY_LR = {"spo": 2e-4, "best_of_n": 2e-4, "ranked": 2e-4, "dpo": 4e-4, "hypo": 4e-4, "ipo": 2e-4, "slic": 2e-4}
+CPU_MICRO_BATCH_SIZE = {"stories260K": 16, "stories15M": 2, "stories42M": 2}  # docs/performance.md
 WIDTHS = {"stories15M": 288, "stories42M": 512, "stories110M": 768}  # others are taken for 64, that of stories260K
 REAL_ALGOS = {"spo": dict(beta=0.5, lr=5e-5), "best_of_n": dict(beta=0.5, lr=5e-5), "ranked": dict(beta=0.5, lr=5e-5),
               "dpo": dict(beta=0.1, lr=2e-5), "hypo": dict(beta=0.1, beta_kl=0.05, lr=2e-5),  # hypo's are a guess
@@ -776,6 +779,8 @@ def get_args(argv=None):
     else:
         defaults |= REAL_ALGOS[algo]
         defaults["lr"] = float(f"{defaults['lr'] * 64 / WIDTHS.get(model, 64):.1e}")  # two digits are enough
+    if devices[0] == "cpu" and model in CPU_MICRO_BATCH_SIZE:
+        defaults["micro_batch_size"] = CPU_MICRO_BATCH_SIZE[model]
     if "num_rollouts" not in ALGOS[algo]:
         defaults.pop("num_rollouts", None)  # a model's default for a flag that this algorithm does not have
     p.set_defaults(**defaults)

@@ -420,7 +420,7 @@ def test_seq_logp_and_kl_against_slow_loops(monkeypatch):
 
     whole = value_and_gradient()
     assert torch.allclose(whole[:6], logp + kl)
-    monkeypatch.setattr(spo, "CHUNK", 7)
+    monkeypatch.setattr(spo, "MAX_LOGITS", 7 * policy.args.vocab_size)
     assert torch.allclose(value_and_gradient(), whole, rtol=1e-10)
 
 

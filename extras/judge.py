@@ -168,12 +168,12 @@ def evaluate_samples(args, policy, ref, y, mask):
     def token_entropy(hidden):
         return torch.special.entr(upcast(policy.output(hidden)).softmax(-1)).sum(-1)
 
-    kl, entropy = [], []
+    kl, entropy, V = [], [], policy.args.vocab_size
     with spo.autocast(args):
         for part, counts in zip(y[:, :-1].split(BATCH), mask[:, 1:].bool().split(BATCH)):
             hidden = policy.hidden(part)                                            # read by both, (b, T-1, dim)
-            kl.append(spo.sum_over_tokens(token_kl, counts, hidden, ref.hidden(part)))
-            entropy.append(spo.sum_over_tokens(token_entropy, counts, hidden))
+            kl.append(spo.sum_over_tokens(token_kl, V, counts, hidden, ref.hidden(part)))
+            entropy.append(spo.sum_over_tokens(token_entropy, V, counts, hidden))
     finished = (mask * (y == BOS)).sum(1)                                           # (N,)
     return dict(kl=torch.cat(kl).mean().item(), entropy=torch.cat(entropy).mean().item(),
                 length=mask.sum(1).float().mean().item(), finished=finished.float().mean().item())

@@ -109,7 +109,8 @@ class SPOTrainer(trl.DPOTrainer):
             ref, adapter = model, use_adapter(self.model, "ref" if "ref" in self.model.peft_config else None)
         with torch.no_grad(), adapter, disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
             ref_logits = ref(input_ids=tokens, attention_mask=attention, use_cache=False).logits
-        return sum_over_tokens(kl_per_token, mask[:, 1:].bool(), logits[:, :-1], ref_logits[:, :-1]), mask.sum(1)
+        kl = sum_over_tokens(kl_per_token, logits.shape[-1], mask[:, 1:].bool(), logits[:, :-1], ref_logits[:, :-1])
+        return kl, mask.sum(1)
 
     @torch.no_grad()
     def _sample_rollouts(self, model):

@@ -4,6 +4,8 @@ import os
 import pickle
 import runpy
 import struct
+import subprocess
+import sys
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -284,3 +286,21 @@ def test_small_models_take_one_thread(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     limit_threads(small)
     assert threads == [1, 1]
+
+
+FAULTS = """
+import resource, sys, torch, model
+if sys.argv[1] == "keep":
+    model.keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for i in range(20):
+    torch.ones(1 << 24)  # 64 MiB, freed at once
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the setting is glibc's")
+def test_freed_memory_is_kept():
+    page_faults = [int(subprocess.run([sys.executable, "-c", FAULTS, how], cwd=ROOT, capture_output=True).stdout)
+                   for how in ("", "keep")]
+    assert page_faults[1] < page_faults[0] / 2, page_faults  # of a few tensors, not of twenty

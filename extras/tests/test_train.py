@@ -241,7 +241,11 @@ def test_learning_rate_batches_and_seeds(world):
 # ---------------------------------------------------------------------------------------------------
 # The command line
 
-def test_defaults_are_e2s_and_one_flag_belongs_to_one_algorithm(capsys):
+def test_defaults_are_e2s_and_one_flag_belongs_to_one_algorithm(capsys, monkeypatch):
+    for has_gpu, sizes in ((True, [64, 32, 32, 32]), (False, [64, 16, 2, 32])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+        models = ("toy", "stories260K", "stories15M", "stories110M")
+        assert [spo.get_args(["--model", name]).micro_batch_size for name in models] == sizes
     args = spo.get_args(["--model", "stories110M"])
     assert (args.batch_size, args.steps, args.warmup) == (128, 40000, 5000)
     assert (args.num_rollouts, args.rollout_every) == (32, 8)
