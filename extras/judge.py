@@ -1,7 +1,7 @@
 """
 Win rates against the reference, and what else is measured on fresh samples: KL, entropy, length.
 
-    python -m extras.judge out/.../best.pt --judge toy --n 1000     # a checkpoint; other flags are spo.py's
+    python -m extras.judge out/.../best.pt --judge toy --n 1000     # a checkpoint; some flags are spo.py's
 """
 import json
 import math
@@ -97,9 +97,11 @@ def load_reward_judge(args):
 
 
 def make_rewards(args, name, tokenizer, readability=None):
-    """The rewards of the judge called name as a function of samples y (N, T) -> (N,). readability: that judge."""
+    """The rewards of the judge called name as a function of samples y (N, T) -> (N,). readability: that judge's own."""
     if name == "reward":
         model = load_reward_judge(args)
+    if name == "readability" and readability is None:
+        readability = load_readability(f"{args.data}/ref.npy", load(args.init).args, tokenizer)
 
     @torch.no_grad()
     def rewards(y):
@@ -301,11 +303,17 @@ def best_evaluation(out, max_kl=math.inf):
     return best
 
 
+READ = ("model", "data", "init", "tokenizer", "judge", "seed", "max_new_tokens", "device", "dtype", "fast_sampling")
+
+
 def main(argv=None):
-    p = Parser(description="The win rate of a checkpoint against the reference. All other flags are those of spo.py.")
+    p = Parser(description=f"The win rate of a checkpoint against the reference. Flags of spo.py: {', '.join(READ)}.")
     p.add_argument("checkpoint", help="a .pt or .bin file; comes before the flags")
     p.add_argument("--n", type=int, default=1000, help="fresh samples of each model")
     own, rest = p.parse_known_args(argv)
+    for flag in rest:
+        if flag.startswith("--") and flag[2:].split("=")[0] not in READ:
+            p.error(f"{flag} is not read here: leave it out")
     args = spo.get_args(rest)
     if own.n < 2 or args.judge == "none":
         p.error("--n must be at least 2, and --judge not none")

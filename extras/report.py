@@ -7,6 +7,7 @@ what is missing.
     python -m extras.report --ablations         # then: where the KL is, kinds of feedback, noise, data and model size
     python -m extras.report --compare           # SPO and DPO side by side, a few minutes, in out/compare
 """
+import fcntl
 import json
 import os
 import subprocess
@@ -73,10 +74,25 @@ COMPARE_STEPS = 1000
 # ---------------------------------------------------------------------------------------------------
 # Running programs
 
+def lock(folder):
+    """
+    An open file with a lock that the programs started from here inherit: a second report does not start while another
+    one, or a program that it left behind when it was killed, still writes to folder.
+    """
+    os.makedirs(folder, exist_ok=True)
+    file = open(f"{folder}/.lock", "w")
+    os.set_inheritable(file.fileno(), True)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another report, or a program it started, is writing to {folder}: wait for it.") from None
+    return file
+
+
 def run_program(*argv):
     """Runs one of our programs on one CPU thread. Its output is not shown, but for the error if it fails."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *argv], env=env, text=True, capture_output=True)
+    done = subprocess.run([sys.executable, *argv], env=env, text=True, capture_output=True, close_fds=False)
     if done.returncode != 0:
         raise UserError(f"{' '.join(argv)} failed: {done.stderr}")
 
@@ -263,20 +279,20 @@ def ask_questions(chosen, folder):
 
 
 def ablations(folder):
-    """Makes ablations.md, why.png and questions.png in the folder of Table 1."""
+    """Makes ablations.md, why.png and questions.png in the folder of Table 1; changes what the rule "mean" chose."""
     steps, late, seeds, _ = PROTOCOLS["toy"]
     _, why = compare_methods("toy", {"SPO": TOY_GRID["SPO"], "DPO": TOY_GRID["DPO"], **WHY_GRID}, folder)
     text = "".join(f"Settings chosen by the rule {rule}\n\n{table(why[rule], late)}\n" for rule in RULES)
     figure({method: worlds for method, (_, worlds) in why["mean"].items()}, f"{folder}/why.png")
 
     worlds = [World("toy", folder, seed) for seed in seeds]
-    flags_of = changes(why["peak"]["SPO"][0])
+    flags_of = changes(why["mean"]["SPO"][0])
     jobs = [(flags, world) for flags in flags_of.values() for world in worlds]
     done = iter(run_all("changes", lambda job: job[1].train_past_the_peak(job[0], steps, steps), jobs))
     text += table({name: (flags, [next(done) for _ in worlds]) for name, flags in flags_of.items()}, steps) + "\n"
 
     _, runs = compare_methods("toy", {method: TOY_GRID[method] for method in ("SPO", "DPO", "IPO", "SLiC-HF")}, folder)
-    chosen = {method: flags for method, (flags, _) in runs["peak"].items()}
+    chosen = {method: flags for method, (flags, _) in runs["mean"].items()}
     curves = ask_questions(chosen, folder)
     text += "".join(f"{question}\n\n{curves_table(methods)}\n" for question, methods in curves.items())
     draw_curves(curves, f"{folder}/questions.png")
@@ -314,12 +330,14 @@ def main(argv=None):
     which.add_argument("--ablations", action="store_true", help="what the settings of SPO and the data do")
     which.add_argument("--compare", action="store_true", help="two SPO runs and DPO, past their peaks")
     args = p.parse_args(argv)
-    if args.compare:
-        compare("out/compare")
-    elif args.ablations:
-        ablations("out/report/toy")
-    else:
-        report(args.model, f"out/report/{args.model}")
+    folder = "out/compare" if args.compare else f"out/report/{args.model}"
+    with lock(folder):
+        if args.compare:
+            compare(folder)
+        elif args.ablations:
+            ablations(folder)
+        else:
+            report(args.model, folder)
 
 
 if __name__ == "__main__":

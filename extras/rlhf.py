@@ -10,7 +10,7 @@ import time
 import torch
 
 import spo
-from extras.judge import load_readability, make_rewards
+from extras.judge import make_rewards
 from model import UserError, format_time, generate, load, load_tokenizer, run_main, save, wrap
 
 spo.ALGOS["rlhf"] = dict(beta=0.05, reward="model", num_rollouts=32)
@@ -48,12 +48,8 @@ def policy_gradient(args, policy, ref, y, mask, r):
 
 def make_reward(args):
     """The reward that args.reward names, as a function of samples (R, T) -> (R,)."""
-    if args.reward == "model":
-        return make_rewards(args, "reward", None)
-    tokenizer, readability = load_tokenizer(args.tokenizer, load(args.init).args.vocab_size), None
-    if args.judge == "readability":
-        readability = load_readability(f"{args.data}/ref.npy", load(args.init).args, tokenizer)
-    return make_rewards(args, args.judge, tokenizer, readability)
+    name = "reward" if args.reward == "model" else args.judge
+    return make_rewards(args, name, load_tokenizer(args.tokenizer, load(args.init).args.vocab_size))
 
 
 def train(args, evaluate=None, generate=generate, stop=None):

@@ -268,8 +268,10 @@ def test_the_program_gives_the_reference_one_half_against_itself(data, capsys, m
     monkeypatch.setattr(judge, "fast_generate", lambda model, prompt, n, generator: prompt.expand(-1, n + 1))
     assert run(tiny(0), "--fast_sampling")["length"] == 1
     assert Path(data, "evaluations.jsonl").read_text().count("\n") == 3
-    with pytest.raises(SystemExit):
-        run(tiny(0), "--judge", "none")
+    for flags, words in ((("--judge", "none"), "--judge not none"), (("--steps", "5"), "is not read here")):
+        with pytest.raises(SystemExit):
+            run(tiny(0), *flags)
+        assert words in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_log_is_read_as_far_as_it_was_written(tmp_path):

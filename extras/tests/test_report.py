@@ -2,7 +2,9 @@
 import itertools
 import json
 import os
+import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -164,6 +166,24 @@ def test_report_refuses_other_data(programs, monkeypatch, name):
         prepare.prepare()
 
 
+LEFT_BEHIND = """
+import subprocess, sys
+left = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+open("pid", "w").write(str(left.pid))
+"""
+
+
+def test_report_waits_for_a_program_that_a_killed_one_left(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with report.lock("r"):
+        report.run_program("-c", LEFT_BEHIND)
+    with pytest.raises(UserError, match="another report, or a program it started, is writing to r: wait"):
+        report.lock("r")
+    os.kill(int(open("pid").read()), signal.SIGKILL)
+    time.sleep(0.5)
+    report.lock("r").close()
+
+
 def test_ablations(programs, monkeypatch):
     methods = report.PROTOCOLS["toy"][3]
     for name in ("DPO", "IPO", "SLiC-HF"):
@@ -173,7 +193,7 @@ def test_ablations(programs, monkeypatch):
     report.ablations("r")
     text = open("r/ablations.md", encoding="utf-8").read()
     assert "SPO, no KL: `--algo spo --beta 0 --lr 4e-4`" in text
-    assert "ranked: `--algo ranked --beta 0.1 --lr 4e-4`" in text and "--num_rollouts 32`" in text
+    assert "ranked: `--algo ranked --beta 0.3 --lr 4e-4`" in text and "--num_rollouts 32`" in text
     assert "share of labels flipped" in text and "| SPO | 0.510 ± 0.025 |" in text
     changed = {argv[-2:] for argv in programs.calls if argv[0] == "prepare_data.py"}
     assert ("--label_noise", "0.4") in changed and ("--num_pairs", "500") in changed and ("--dim", "128") in changed
