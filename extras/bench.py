@@ -3,8 +3,10 @@ The speed of each part of training: python -m extras.bench --model stories15M --
 
 Weights and tokens are random, of the true shapes and at full length. Times are medians (min-max); limit is the
 share of this machine's speed in matrix products, MiB the most memory so far. The last line is JSON of all numbers.
+--peers adds other programs and the ratios to them (bench_peers.py).
 """
 import json
+import os
 import resource
 import time
 
@@ -13,6 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import spo
+from extras.bench_peers import bench_peers
 from extras.fast_generate import fast_generate
 from extras.toyworld import MODEL_ARGS
 from model import BOS, ModelArgs, Parser, Transformer, generate, run_main, screen_width, wrap
@@ -59,8 +62,11 @@ class Table:
         print(f"{name:36}{seconds} {tokens_per_s:>9}{limit:>6}{memory:>7}".rstrip(), flush=True)
 
     def row(self, name, fn, tokens, context, passes):
-        """Measures fn -> its median. FLOP per token: passes (1 forward, 2 backward) of 2 N + 4 L dim context."""
-        times = measure(fn, self.args)
+        """Measures fn -> its median in seconds."""
+        return self.add_row(name, measure(fn, self.args), tokens, context, passes)
+
+    def add_row(self, name, times, tokens, context, passes):
+        """Keeps and prints times -> median. FLOP per token: passes (1 forward, 2 backward) of 2 N + 4 L dim context."""
         seconds = float(np.median(times))
         flop = passes * (2 * self.num_params + 4 * self.dims.n_layers * self.dims.dim * context) * tokens
         limit = flop / seconds / self.limit
@@ -74,11 +80,17 @@ class Table:
         return seconds
 
 
+def random_pairs(args, vocab_size):
+    """Token ids of args.pairs pairs at full length, BOS first -> (pairs, 2, T)."""
+    data = np.random.default_rng(0).integers(2, vocab_size, (args.pairs, 2, args.length), np.uint16)
+    data[..., 0] = BOS
+    return data
+
+
 def bench_training(args, table, policy, ref, sampler):
     """The parts of a training step, and how many DPO steps an SPO step takes."""
     pairs, length, num_rollouts = args.pairs, args.length, max(1, args.pairs // 4)  # the paper's proportion
-    data = np.random.default_rng(0).integers(2, policy.args.vocab_size, (pairs, 2, length), np.uint16)
-    data[..., 0] = BOS
+    data = random_pairs(args, policy.args.vocab_size)
     responses = spo.Responses(data)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, fused=True)
 
@@ -147,7 +159,14 @@ def main(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
     p.add_argument("--fast", action="store_true", help="sample with extras/fast_generate.py")
+    p.add_argument("--peers", action="store_true", help="measure TRL, transformers, llama.cpp and run.c as well")
+    p.add_argument("--run_c", metavar="PATH", help="llama2.c's run.c, for --peers")
     args = p.parse_args(argv)
+    if args.peers and (args.device != "cpu" or args.dtype != "float32" or not {1, 32} <= set(args.batches)):
+        p.error("--peers compares on the CPU, in float32, at batch 1 and 32: give --device cpu --dtype float32, and "
+                "both among --batches")
+    if args.run_c and not (args.peers and os.path.isfile(args.run_c)):
+        p.error(f"--run_c is {args.run_c}: give the path of a copy of llama2.c's run.c, and --peers")
     shape, args.pairs, args.length, args.micro_batch_size = SHAPES[args.model]
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -159,6 +178,8 @@ def main(argv=None):
     sampler = fast_generate if args.fast else generate
     bench_training(args, table, policy, ref, sampler)
     bench_sampling(args, table, policy, sampler)
+    if args.peers:
+        bench_peers(args, table, policy, ref, random_pairs(args, policy.args.vocab_size))
     print(json.dumps(table.results))
 
 
