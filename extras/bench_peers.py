@@ -147,7 +147,7 @@ def write_gguf(model, path):
 
 def open_llama_cpp(args, model, n, folder):
     import llama_cpp
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
     path, V = f"{folder}/model.gguf", model.args.vocab_size
     write_gguf(model, path)
     llama_cpp.llama_backend_init()
@@ -156,7 +156,9 @@ def open_llama_cpp(args, model, n, folder):
     settings.n_ctx, settings.n_seq_max = n * args.length, n
     settings.n_threads = settings.n_threads_batch = args.threads
     settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32  # the cache; float16 by default
+    settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # on a CPU it is not exact to 1e-3
     context = llama_cpp.llama_init_from_model(llama, settings)
+    assert llama and context, f"llama.cpp does not open {path}"
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
     llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(1.0))
     llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(0))
