@@ -154,6 +154,7 @@ def main(argv=None):
     p = Parser(description="The speed of each part of training.")
     p.add_argument("--model", choices=SHAPES, default="toy", help="whose shape")
     p.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 256], help="batch sizes of sampling")
+    p.add_argument("--length", type=int, help="tokens per response (default: those of its training)")
     p.add_argument("--reps", type=int, default=3, help="how often each part is measured")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -167,7 +168,11 @@ def main(argv=None):
                 "both among --batches")
     if args.run_c and not (args.peers and os.path.isfile(args.run_c)):
         p.error(f"--run_c is {args.run_c}: give the path of a copy of llama2.c's run.c, and --peers")
-    shape, args.pairs, args.length, args.micro_batch_size = SHAPES[args.model]
+    if args.length is not None and args.length < 8:
+        p.error(f"--length is {args.length}: give 8 or more")
+    shape, args.pairs, length, args.micro_batch_size = SHAPES[args.model]
+    args.length = args.length or length
+    shape = shape | {"max_seq_len": args.length}
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     policy = Transformer(ModelArgs(**shape)).to(args.device)

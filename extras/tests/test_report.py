@@ -280,3 +280,5 @@ def test_bench_by_a_fake_clock(monkeypatch, capsys):
     assert [row["tokens_per_s"] for row in results.values() if isinstance(row, dict)] == [28, 7, 7, 28, 4, 8, 14, 32]
     share = results["preference step"]["share_of_limit"]
     assert share == pytest.approx(28 * (6 * 189_632 + 12 * 3 * 64 * 8) / (2 * 2048 ** 3))
+    bench.main("--reps 1 --batches 2 --threads 1 --length 16".split())
+    assert "sampling, batch 2, 15 tokens" in json.loads(capsys.readouterr().out.splitlines()[-1])
