@@ -148,6 +148,11 @@ def bench_sampling(args, table, policy, sampler):
             table.row(f"sampling, batch {n}, {new} tokens", lambda: sampler(policy, prompt, new), n * new, new // 2, 1)
     y = torch.randint(2, policy.args.vocab_size, (32, half), device=args.device)
     table.row(f"without cache, 32, after {half} tokens", lambda: policy.output(policy.hidden(y)[:, -1]), 32, 0, 1)
+    weights = 4 * table.num_params  # bytes, in float32
+    cache = 8 * len(policy.layers) * policy.layers[0].attention.wk.out_features
+    table.results |= dict(weight_bytes_per_step=weights, cache_bytes_per_position=cache)
+    print(wrap(f"one step of sampling reads {weights / 1e6:.1f} MB of weights for the whole batch, and for each sample "
+               f"{cache / 1e3:.1f} KB of keys and values per earlier position"))
 
 
 def main(argv=None):
