@@ -460,8 +460,9 @@ SMALL = 4 << 20  # bytes of a checkpoint, of a million parameters
 
 def limit_threads(path):
     """
-    One CPU thread for a model whose checkpoint is small, or not there yet: a second one saves nothing, and waits for
-    the other programs on the machine. The variable OMP_NUM_THREADS has precedence.
+    One CPU thread for a model whose checkpoint is small, or not there yet. A second one saves a quarter of a step where
+    nothing else runs; where other programs do, it waits for them, and a step takes ten times as long. The variable
+    OMP_NUM_THREADS has precedence.
     """
     small = not os.path.exists(path) or os.path.getsize(path) < SMALL
     if small and "OMP_NUM_THREADS" not in os.environ:
