@@ -51,8 +51,8 @@ def response_mask(tokens, prompt_length=1):
 def sum_over_tokens(fn, vocab_size, mask, *inputs):
     """
     fn at the positions where mask (N, T) is 1, summed over each row -> (N,). inputs (N, T, ...); fn gets them as
-    (M, ...) and returns (M,). With more positions than MAX_LOGITS allows, each chunk is computed again in the backward
-    pass, so that the logits of only one are in memory.
+    (M, ...) and returns (M,). vocab_size: the logits that fn holds per position. With more than MAX_LOGITS of them,
+    each chunk of positions is computed again in the backward pass, so that the logits of only one are in memory.
     """
     chunk_size = max(1, MAX_LOGITS // vocab_size)
     chunks = list(zip(*(x[mask].split(chunk_size) for x in inputs)))
@@ -715,7 +715,7 @@ PAPER = dict(batch_size=128, warmup=5000, steps=40000, eval_every=1000, num_eval
 MODELS = {"toy": TOY, "toy-naive": TOY | {"judge": "toy-naive"}, "stories260K": REAL, "stories15M": REAL,
           "stories42M": REAL, "stories110M": REAL | PAPER}
 TOY_LR = {"spo": 2e-4, "best_of_n": 2e-4, "ranked": 2e-4, "dpo": 4e-4, "hypo": 4e-4, "ipo": 2e-4, "slic": 2e-4}
-CPU_MICRO_BATCH_SIZE = {"stories260K": 16, "stories15M": 2, "stories42M": 2}  # docs/performance.md
+CPU_MICRO_BATCH_SIZE = {"stories260K": 16, "stories15M": 2, "stories42M": 2}  # the fastest; 42M's a guess
 WIDTHS = {"stories15M": 288, "stories42M": 512, "stories110M": 768}  # others are taken for 64, that of stories260K
 REAL_ALGOS = {"spo": dict(beta=0.5, lr=5e-5), "best_of_n": dict(beta=0.5, lr=5e-5), "ranked": dict(beta=0.5, lr=5e-5),
               "dpo": dict(beta=0.1, lr=2e-5), "hypo": dict(beta=0.1, beta_kl=0.05, lr=2e-5),  # hypo's are a guess

@@ -48,8 +48,10 @@ def policy_gradient(args, policy, ref, y, mask, r):
 
 def make_reward(args):
     """The reward that args.reward names, as a function of samples (R, T) -> (R,)."""
-    name = "reward" if args.reward == "model" else args.judge
-    return make_rewards(args, name, load_tokenizer(args.tokenizer, load(args.init).args.vocab_size))
+    if args.reward == "model":
+        return make_rewards(args, "reward", None)
+    tokenizer = load_tokenizer(args.tokenizer, load(args.init).args.vocab_size)
+    return make_rewards(args, args.judge, tokenizer)
 
 
 def train(args, evaluate=None, generate=generate, stop=None):
